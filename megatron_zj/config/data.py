@@ -1,0 +1,76 @@
+"""Where rows come from: tokenizer, files, chat template, and the policy for bad or long records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+OnBadRecord = Literal["error", "skip"]
+Overlong = Literal["error", "truncate", "split", "skip"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """A SentencePiece ``.model`` file or a Hugging Face tokenizer folder."""
+
+    path: Path | None = None
+    special_tokens: tuple[str, ...] = ()  # added after the tokenizer's own pieces, in this order
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """Packed pre-training text: prepared (``zj prepare``) indexed datasets, blended by weight."""
+
+    kind: Literal["corpus"] = "corpus"
+    files: tuple[str, ...] = ()  # prepared prefixes (X for X.bin, X.idx) or folders holding them
+    weights: tuple[float, ...] | None = None  # one a file; None: proportional to size
+    sequence_length: int = 512  # tokens a row
+    respect_documents: bool = True  # attention stops at document boundaries
+    validation_fraction: float = 0.0  # of the samples, taken from the end
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """Multi-turn dialogues for SFT; every assistant turn and its eos carry loss."""
+
+    kind: Literal["chat"] = "chat"
+    files: tuple[str, ...] = ()
+    format: str = "auto"  # a name of data/formats, or auto
+    template: str = "ziya"
+    max_length: int = 512  # tokens a row
+    overlong: Overlong = "truncate"
+    on_bad_record: OnBadRecord = "error"
+    validation_files: tuple[str, ...] = ()
+    validation_fraction: float = 0.0  # of the records, when there are no validation_files
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceConfig:
+    """Ranked responses (K >= 2 a prompt, ties allowed) for the reward model."""
+
+    kind: Literal["preference"] = "preference"
+    files: tuple[str, ...] = ()
+    format: str = "auto"
+    template: str = "ziya"
+    max_length: int = 512
+    overlong: Overlong = "truncate"
+    on_bad_record: OnBadRecord = "error"
+    validation_files: tuple[str, ...] = ()
+    validation_fraction: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptsConfig:
+    """Prompts for rollouts."""
+
+    kind: Literal["prompts"] = "prompts"
+    files: tuple[str, ...] = ()
+    format: str = "auto"
+    template: str = "ziya"
+    max_length: int = 256  # tokens a prompt
+    overlong: Overlong = "truncate"
+    on_bad_record: OnBadRecord = "error"
+
+
+DataConfig = CorpusConfig | ChatConfig | PreferenceConfig | PromptsConfig

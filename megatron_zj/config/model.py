@@ -1,0 +1,76 @@
+"""What a model is: the shape of a LLaMA and the kernels it runs on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+HeadKind = Literal["lm", "value", "score"]
+Want = Literal["logprobs", "entropy", "values", "scores"]  # what a head can be asked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScalingConfig:
+    """Rotary frequency scaling: ``linear`` (position interpolation) or ``llama3`` (by-wavelength)."""
+
+    kind: Literal["linear", "llama3"]
+    factor: float  # by how much the context is stretched
+    low_freq_factor: float = 1.0  # llama3 only: wavelengths above original/low are fully scaled
+    high_freq_factor: float = 4.0  # llama3 only: wavelengths below original/high are left alone
+    original_max_position_embeddings: int = 8192  # positions of the pre-training, tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a LLaMA.  Sizes are logical (whole model), never a rank's share."""
+
+    preset: str | None = None  # a name of models/presets.py; for the log, the shape below is what counts
+    vocab_size: int = 4096  # rows the tokenizer can produce; padded to a multiple of vocab_multiple
+    hidden_size: int = 128
+    ffn_hidden_size: int = 352  # width of the SwiGLU product
+    num_layers: int = 4
+    num_attention_heads: int = 4
+    num_query_groups: int | None = None  # key/value heads; None: as many as heads (MHA)
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    max_position_embeddings: int = 512  # longest sequence, tokens
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScalingConfig | None = None
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+    dropout: float = 0.0  # hidden and attention dropout; layout invariance is claimed at 0 only
+    vocab_multiple: int = 64  # embedding rows are padded to a multiple of this, whatever the layout
+    kernels: Literal["auto", "triton", "torch", "te"] = "auto"  # auto: Triton on CUDA, torch elsewhere
+    fp8: Literal["none", "hybrid", "e4m3"] = "none"  # FP8 recipe format; te kernels only
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "ffn_hidden_size", "num_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
+                f"{self.num_attention_heads}; set head_dim or change one of them"
+            )
+        if self.num_attention_heads % self.kv_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not divisible by "
+                f"num_query_groups {self.kv_heads}"
+            )
+        if self.fp8 != "none" and self.kernels != "te":
+            raise ValueError("fp8 needs kernels=te (Transformer Engine)")
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Embedding rows: vocab_size rounded up to a multiple of vocab_multiple, the same on every layout."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple

@@ -1,0 +1,46 @@
+"""RunConfig: everything a run is, as one tree.  A field is a Hydra group; see conf/."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from megatron_zj.config.algorithm import AlgorithmConfig
+from megatron_zj.config.checkpoint import CheckpointConfig
+from megatron_zj.config.data import DataConfig, TokenizerConfig
+from megatron_zj.config.model import ModelConfig
+from megatron_zj.config.optim import EngineConfig, OptimConfig
+from megatron_zj.config.parallel import ParallelConfig, PlacementConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """The process: where it writes, how long it runs, what it shows."""
+
+    dir: Path = Path("runs/default")  # logs, metrics, resolved config, checkpoints
+    seed: int = 0
+    num_steps: int = 100  # algorithm steps (optimizer steps, or PPO iterations)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    timeout_seconds: int = 600  # of every process group: how long a rank waits for a dead one
+    log_every: int = 1  # steps between lines
+    eval_every: int = 0  # steps between validation passes; 0: only at the end, where there is validation data
+    tensorboard: bool = False
+    wandb_project: str | None = None  # Weights & Biases, when installed
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run, whole and checked."""
+
+    algorithm: AlgorithmConfig
+    data: DataConfig
+    run: RunSettings = RunSettings()
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    parallel: ParallelConfig = ParallelConfig()  # layout of the placement "all": every rank
+    placements: dict[str, PlacementConfig] = field(default_factory=dict)  # named blocks of ranks, for split roles
+    engine: EngineConfig = EngineConfig()
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    world_size: int | None = None  # what the experiment is laid out for; ``zj check`` uses it, torchrun must match it

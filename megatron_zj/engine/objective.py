@@ -1,0 +1,38 @@
+"""What an algorithm minimises, as the engine sees it: sums over a micro-batch and an integer weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from megatron_zj.config.model import Want
+from megatron_zj.data.packing import PackedBatch
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """Sums over the micro-batch; the engine divides them by the global weight."""
+
+    loss: Tensor  # scalar
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # scalars, same denominator as the loss
+
+
+class Objective(Protocol):
+    """A loss over head outputs.  ``outputs`` holds what ``wants`` names.
+
+    Per-token outputs (logprobs, entropy, values) are [T] and prediction-aligned like ``batch.per_token``;
+    scores are [R].  With context parallelism T is this rank's share; scores are the same on every cp rank and the
+    engine counts them once.
+    """
+
+    wants: tuple[Want, ...]
+
+    def weight(self, batch: PackedBatch) -> Tensor:
+        """This micro-batch's share of the denominator: tokens, or pairs; an integer scalar."""
+
+    def __call__(self, outputs: dict[str, Tensor], batch: PackedBatch) -> LossTerms:
+        """The loss of the micro-batch, summed."""
