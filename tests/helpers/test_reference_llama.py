@@ -8,7 +8,7 @@ import torch
 from megatron_zj.config.model import ModelConfig, RopeScalingConfig
 from tests.helpers.reference_llama import ReferenceLlama
 
-SHAPE = dict(vocab_size=96, hidden_size=32, ffn_hidden_size=48, num_layers=2, num_attention_heads=4)
+SHAPE = {"vocab_size": 96, "hidden_size": 32, "ffn_hidden_size": 48, "num_layers": 2, "num_attention_heads": 4}
 LLAMA3 = RopeScalingConfig(
     kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
 )
