@@ -1,0 +1,94 @@
+"""Pre-training, SFT and reward modelling: one role, one objective, one stream."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from megatron_zj.config.model import Want
+from megatron_zj.data.packing import PackedBatch
+from megatron_zj.data.stream import Stream
+from megatron_zj.engine.objective import LossTerms, Metrics
+from megatron_zj.roles.role import Role
+from megatron_zj.roles.world import WorldBatch, World
+
+
+class SupervisedObjective(Protocol):
+    """An engine's objective that also turns its averaged sums into what a person wants to read."""
+
+    wants: tuple[Want, ...]
+
+    def weight(self, batch: PackedBatch) -> Tensor: ...
+
+    def __call__(self, outputs: dict[str, Tensor], batch: PackedBatch) -> LossTerms: ...
+
+    def summarise(self, metrics: Metrics) -> Metrics: ...
+
+
+class Supervised:
+    """One optimizer step a step, on the next ``batch_size`` units (rows, or ranked groups) of the stream."""
+
+    def __init__(
+        self,
+        role: Role,
+        objective: SupervisedObjective,
+        stream: Stream,
+        batch_size: int,
+        world: World,
+        validation: Stream | None = None,
+    ) -> None:
+        self.role = role
+        self.objective = objective
+        self.stream = stream
+        self.batch_size = batch_size
+        self.world = world
+        self.validation = validation
+        self.num_steps_done = 0
+        self.validation_metrics: Metrics = {}
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        """Every model of the algorithm, by name."""
+        return {"model": self.role}
+
+    def step(self) -> Metrics:
+        """Draw, learn, report."""
+        batch = WorldBatch.gather(self.stream.next(self.batch_size, self.world.rank, self.world.size))
+        metrics = self.role.update(self.objective, batch).wait()
+        self.num_steps_done += 1
+        return self.objective.summarise(metrics) | {"tokens": float(sum(batch.row_lengths))}
+
+    def evaluate(self) -> Metrics:
+        """The objective over one epoch of the validation stream, in its own fixed order; {} without one."""
+        if self.validation is None:
+            return {}
+        start, left = self.validation.state_dict(), self.validation.num_units
+        sums: Metrics = {}
+        while left > 0:
+            size = min(left, self.batch_size)
+            batch = WorldBatch.gather(self.validation.next(size, self.world.rank, self.world.size))
+            metrics = self.role.evaluate(self.objective, batch).wait()
+            weight = metrics.pop("weight")
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + value * weight
+            sums["weight"] = sums.get("weight", 0.0) + weight
+            left -= size
+        self.validation.load_state_dict(start)
+        total = max(sums.pop("weight"), 1.0)
+        self.validation_metrics = self.objective.summarise({name: value / total for name, value in sums.items()})
+        return self.validation_metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps done, the stream's place, and what the last validation said (PPO reads the scores' scale there)."""
+        return {
+            "num_steps_done": self.num_steps_done,
+            "stream": self.stream.state_dict(),
+            "validation": self.validation_metrics,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo ``state_dict``."""
+        self.num_steps_done = state["num_steps_done"]
+        self.stream.load_state_dict(state["stream"])
+        self.validation_metrics = state["validation"]
