@@ -34,7 +34,9 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            raise ValueError(f"need 0 <= min_new_tokens <= max_new_tokens >= 1, got {self.min_new_tokens}, {self.max_new_tokens}")
+            raise ValueError(
+                f"need 0 <= min_new_tokens <= max_new_tokens >= 1, got {self.min_new_tokens}, {self.max_new_tokens}"
+            )
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
             raise ValueError("need temperature >= 0, top_k >= 0, 0 < top_p <= 1, repetition_penalty > 0")
 

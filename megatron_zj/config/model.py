@@ -54,8 +54,7 @@ class ModelConfig:
             )
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not divisible by "
-                f"num_query_groups {self.kv_heads}"
+                f"num_attention_heads {self.num_attention_heads} is not divisible by num_query_groups {self.kv_heads}"
             )
         if self.fp8 != "none" and self.kernels != "te":
             raise ValueError("fp8 needs kernels=te (Transformer Engine)")

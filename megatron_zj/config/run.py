@@ -36,11 +36,11 @@ class RunConfig:
     algorithm: AlgorithmConfig
     data: DataConfig
     run: RunSettings = RunSettings()
-    model: ModelConfig = ModelConfig()
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    parallel: ParallelConfig = ParallelConfig()  # layout of the placement "all": every rank
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)  # layout of the placement "all": every rank
     placements: dict[str, PlacementConfig] = field(default_factory=dict)  # named blocks of ranks, for split roles
-    engine: EngineConfig = EngineConfig()
-    optim: OptimConfig = OptimConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     world_size: int | None = None  # what the experiment is laid out for; ``zj check`` uses it, torchrun must match it

@@ -1,0 +1,175 @@
+"""Hydra composes ``conf/`` and the command line; the strict loader makes a ``RunConfig`` of the result.
+
+Nothing downstream sees a DictConfig.  Every value override is handed to Hydra as a forced one (``++key=value``), so
+that YAML need not repeat the dataclasses' defaults and a mistyped key is refused by the loader, with a suggestion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_zj.config.loader import ConfigError, load, suggestion, to_dict
+from megatron_zj.config.run import RunConfig
+
+PRIMARY = "train"  # conf/train.yaml
+POLYMORPHIC = ("algorithm", "data")  # groups whose options are of different kinds
+
+
+def conf_folder() -> Path:
+    """The Hydra tree: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / f"{PRIMARY}.yaml").is_file():
+            return folder
+    raise ConfigError([f"no conf/{PRIMARY}.yaml in {package} or {package.parent}; reinstall megatron-zj"])
+
+
+def compose_run(overrides: Sequence[str]) -> RunConfig:
+    """The run that these command-line overrides describe.
+
+    Raises ``ConfigError``: bad override grammar, an unknown group option, an unknown key, a wrong type.
+    """
+    return load(RunConfig, compose_plain(overrides))
+
+
+def load_frozen(path: Path) -> RunConfig:
+    """A resolved configuration, as ``save_frozen`` writes it.  Raises ``ConfigError`` and ``OSError``."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: not a YAML file: {_first_line(error)}"]) from error
+    if not isinstance(data, Mapping):
+        raise ConfigError([f"{path}: expected a mapping of settings, got {type(data).__name__}"])
+    try:
+        return load(RunConfig, data)
+    except ConfigError as error:
+        raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
+
+
+def frozen_text(config: RunConfig) -> str:
+    """The resolved configuration as YAML; every field is written."""
+    return str(yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120))
+
+
+def save_frozen(config: RunConfig, path: Path) -> None:
+    """Write the resolved configuration, so that ``load_frozen`` gives an equal one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(frozen_text(config), encoding="utf-8")
+
+
+def parse_overrides(overrides: Sequence[str]) -> list[Override]:
+    """Hydra's own grammar, sweeps included.  Raises ``ConfigError``."""
+    parser = OverridesParser.create()
+    parsed = []
+    for text in overrides:
+        try:
+            parsed.append(parser.parse_override(text))
+        except HydraException as error:
+            raise ConfigError(
+                [
+                    f"{text!r} is no override: {_first_line(error)}; write key=value, and quote a value that holds "
+                    "spaces, brackets, commas or '=': \"key='some value'\""
+                ]
+            ) from None
+    return parsed
+
+
+def compose_plain(overrides: Sequence[str]) -> dict[str, Any]:
+    """The composed tree as plain dicts and lists, before the loader sees it.
+
+    A group that the command line switches to another kind than the experiment's (``data=corpus`` on an experiment
+    over dialogues) takes its option file and the command line alone: the experiment's values were for another kind.
+    """
+    parsed = parse_overrides(overrides)
+    for override in parsed:
+        if override.is_sweep_override():
+            raise ConfigError([f"{override.input_line!r} is a sweep; use zj launch --multirun, or quote the value"])
+    with initialize_config_dir(str(conf_folder()), version_base="1.3", job_name="zj"):
+        groups = [override for override in parsed if _is_group(override)]
+        tree = _compose([_as_hydra(override) for override in parsed])
+        for group in POLYMORPHIC:
+            switches = [override for override in groups if override.key_or_group == group]
+            if not switches:
+                continue
+            before = _compose([str(o.input_line) for o in groups if o not in switches])
+            if _kind(before, group) != _kind(tree, group):
+                alone = [o for o in parsed if o.key_or_group != "experiment"]
+                tree[group] = _compose([_as_hydra(override) for override in alone])[group]
+    return tree
+
+
+def _compose(overrides: list[str]) -> dict[str, Any]:
+    try:
+        container = OmegaConf.to_container(compose(PRIMARY, overrides=overrides), resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError([_explain(error, overrides)]) from error
+    if not isinstance(container, dict):
+        raise TypeError(f"conf/{PRIMARY}.yaml is no mapping")
+    return {str(key): value for key, value in container.items()}
+
+
+def _kind(tree: Mapping[str, Any], group: str) -> object:
+    value = tree.get(group)
+    return value.get("kind") if isinstance(value, Mapping) else None
+
+
+def _is_group(override: Override) -> bool:
+    """True where the key is a folder of conf/ and the value names one of its files."""
+    folder = conf_folder() / override.key_or_group.replace("@", "/")
+    return folder.is_dir() and not isinstance(override.value(), dict)
+
+
+def _as_hydra(override: Override) -> str:
+    """The override as Hydra gets it: values are forced, group choices and hydra.* stay as they are."""
+    line = str(override.input_line)
+    hydra_own = override.key_or_group.split(".")[0] == "hydra"
+    if _is_group(override) or hydra_own or override.is_delete():
+        return line
+    return f"++{line.lstrip('+')}"
+
+
+def options_of(group: str) -> list[str]:
+    """The options of a group of conf/, subfolders included: ``demo/ppo``."""
+    folder = conf_folder() / group
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    """One sentence; an option that does not exist gets the nearest one."""
+    for text in overrides:
+        key, _, value = text.partition("=")
+        group = key.lstrip("+~")
+        if (conf_folder() / group).is_dir() and not text.startswith("~") and value not in ("null", ""):
+            options = options_of(group)
+            if value not in options and not value.startswith("{"):
+                return f"{group}: no option {value!r}{suggestion(value, options)}"
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[:2])
+
+
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+    """Writes floats so that YAML 1.1 reads floats: ``1e-05`` alone would come back as a string."""
+
+
+def _float_text(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
+    text = repr(value).replace("inf", ".inf")
+    if "e" in text and "." not in text.split("e")[0]:
+        text = text.replace("e", ".0e", 1)
+    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
+
+
+_Dumper.add_representer(float, _float_text)

@@ -1,0 +1,349 @@
+"""Checks that need the whole configuration: the layout, batch arithmetic, lengths, files.
+
+Pure arithmetic and a look at the file system; no process group, no torch, no GPU.  A check that one dataclass can
+make alone is in its ``__post_init__``.  Every finding names the key to change.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_zj.config.algorithm import PPOConfig
+from megatron_zj.config.data import CorpusConfig, PromptsConfig
+from megatron_zj.config.derived import (
+    ALL,
+    Block,
+    engine_of,
+    longest_row,
+    optimizer_steps,
+    placements,
+    roles,
+    rows_per_update,
+)
+from megatron_zj.config.loader import ConfigError, suggestion
+from megatron_zj.config.run import RunConfig
+
+DATA_OF = {"pretrain": "corpus", "sft": "chat", "reward": "preference", "ppo": "prompts"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing a check saw.  An ``error`` stops a run; a ``note`` is advice."""
+
+    level: Literal["error", "note"] = "error"
+    key: str  # dotted path of the setting to change
+    message: str  # what is wrong and what to write instead
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.message}"
+
+
+def check(config: RunConfig, world_size: int | None = None, *, files: bool = True, here: bool = True) -> list[Finding]:
+    """Everything that is wrong with a run of ``world_size`` ranks (None: ``config.world_size``, else 1).
+
+    ``files``: look for the input files.  ``here``: the run will be on this machine (optional packages must be here).
+    """
+    blocks = placements(config, world_size)
+    findings = [*_world(config, world_size), *_placement_names(config), *_layout(config, blocks, world_size)]
+    if any(finding.level == "error" for finding in findings):
+        return findings  # the arithmetic below divides by what was just refused
+    checks: list[Callable[[], Iterator[Finding]]] = [
+        lambda: _model_split(config, blocks),
+        lambda: _engines(config, blocks),
+        lambda: _kinds(config),
+        lambda: _lengths(config),
+        lambda: _batches(config, blocks),
+        lambda: _schedule(config),
+        lambda: _validation(config),
+        lambda: _starting_points(config),
+    ]
+    if here:
+        checks.append(lambda: _packages(config))
+    if files:
+        checks.append(lambda: _files(config))
+    for run_check in checks:
+        findings.extend(run_check())
+    return findings
+
+
+def require(config: RunConfig, world_size: int | None = None, *, files: bool = True, here: bool = True) -> None:
+    """Raise ``ConfigError`` with every error ``check`` finds; notes are dropped."""
+    findings = check(config, world_size, files=files, here=here)
+    errors = [str(finding) for finding in findings if finding.level == "error"]
+    if files:
+        errors += [str(finding) for finding in missing_inputs(config)]
+    if errors:
+        raise ConfigError(errors)
+
+
+def missing_inputs(config: RunConfig) -> list[Finding]:
+    """Inputs that the run needs and nobody has named.  Errors to a run; to ``zj check``, things still to fill in."""
+    found = []
+    if not config.data.files:
+        what = "prepared prefixes (zj prepare)" if isinstance(config.data, CorpusConfig) else "files"
+        found.append(Finding(key="data.files", message=f"empty; name the {what}: data.files=[PATH, ...]"))
+    if config.tokenizer.path is None and not isinstance(config.data, CorpusConfig):
+        found.append(Finding(key="tokenizer.path", message="not set; name a .model file or a tokenizer folder"))
+    if isinstance(config.algorithm, PPOConfig):
+        if config.checkpoint.load is None and config.algorithm.actor.load is None:
+            found.append(
+                Finding(key="checkpoint.load", message="not set; name the SFT checkpoint the policy starts from")
+            )
+        if config.algorithm.reward.load is None:
+            found.append(Finding(key="algorithm.reward.load", message="not set; name the reward model's checkpoint"))
+    return found
+
+
+def _world(config: RunConfig, world_size: int | None) -> Iterator[Finding]:
+    if config.world_size is not None and config.world_size < 1:
+        yield Finding(key="world_size", message=f"must be >= 1, got {config.world_size}")
+    if world_size is not None and config.world_size not in (None, world_size):
+        yield Finding(
+            key="world_size",
+            message=f"the configuration is laid out for {config.world_size} ranks and {world_size} are running; "
+            f"start {config.world_size}, or write world_size={world_size}",
+        )
+
+
+def _placement_names(config: RunConfig) -> Iterator[Finding]:
+    known = [ALL, *config.placements]
+    prefix = "algorithm."
+    for name, role in roles(config).items():
+        if role.placement not in known:
+            hint = suggestion(role.placement, known)
+            yield Finding(key=f"{prefix}{name}.placement", message=f"no placement {role.placement!r}{hint}")
+    if ALL in config.placements:
+        yield Finding(key=f"placements.{ALL}", message="the name is taken by 'every rank'; choose another")
+    used = {role.placement for role in roles(config).values()}
+    for name in config.placements:
+        if name not in used:
+            yield Finding(level="note", key=f"placements.{name}", message="no role lives here; its ranks will idle")
+
+
+def _layout(config: RunConfig, blocks: list[Block], world_size: int | None) -> Iterator[Finding]:
+    """Blocks are inside the world, disjoint, and their model-parallel sizes fit."""
+    world = world_size or config.world_size or 1
+    for block in blocks:
+        parallel, where = block.parallel, block.key.removesuffix(".parallel")
+        end = block.first_rank + block.num_ranks
+        if block.first_rank < 0 or block.num_ranks < 1 or end > world:
+            yield Finding(
+                key="world_size" if block.name == ALL else f"{where}.num_ranks",
+                message=f"ranks {block.first_rank} to {end - 1} are not inside a world of {world}",
+            )
+        elif block.num_ranks % parallel.model_size:
+            yield Finding(
+                key=block.key,
+                message=f"tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} = {parallel.model_size} does not "
+                f"divide the {block.num_ranks} ranks of placement {block.name!r}; change {block.key}.tp/.pp/.cp or "
+                f"{'world_size' if block.name == ALL else where + '.num_ranks'}",
+            )
+    for before, after in itertools.pairwise(blocks):
+        if before.first_rank + before.num_ranks > after.first_rank:
+            yield Finding(
+                key=after.key,
+                message=f"placements {before.name!r} and {after.name!r} share ranks; a rank belongs to one placement: "
+                "move first_rank, or put the roles on the same placement",
+            )
+
+
+def _model_split(config: RunConfig, blocks: list[Block]) -> Iterator[Finding]:
+    """The model's sizes divide by the axes."""
+    model = config.model
+    for block in blocks:
+        tp, stages = block.parallel.tp, block.parallel.pp * block.parallel.vpp
+        sizes = {
+            "num_attention_heads": model.num_attention_heads,
+            "num_query_groups": model.kv_heads,
+            "ffn_hidden_size": model.ffn_hidden_size,
+            "vocab_multiple": model.vocab_multiple,
+        }
+        for name, size in sizes.items():
+            if size % tp:
+                divisors = [d for d in range(1, tp + 1) if size % d == 0]
+                yield Finding(
+                    key=f"{block.key}.tp",
+                    message=f"model.{name} = {size} is not divisible by tp = {tp}; use a tp of {_list(divisors)}"
+                    + (
+                        f", or model.{name} a multiple of {tp}" if name in ("vocab_multiple", "ffn_hidden_size") else ""
+                    ),
+                )
+        if model.num_layers % stages:
+            yield Finding(
+                key=f"{block.key}.pp",
+                message=f"model.num_layers = {model.num_layers} is not divisible by pp x vpp = {stages}; "
+                f"change {block.key}.pp, {block.key}.vpp or model.num_layers",
+            )
+
+
+def _list(values: list[int]) -> str:
+    return ", ".join(str(value) for value in values[:-1]) + (" or " if len(values) > 1 else "") + str(values[-1])
+
+
+def _engines(config: RunConfig, blocks: list[Block]) -> Iterator[Finding]:
+    """Engine settings that do not go with the layout or the model."""
+    role_of = roles(config)
+    for block in blocks:
+        layers = config.model.num_layers // (block.parallel.pp * block.parallel.vpp)
+        for name in block.roles:
+            role = role_of[name]
+            engine = engine_of(config, role)
+            key = f"algorithm.{name}.engine" if role.engine else "engine"
+            if engine.recompute == "full" and not 1 <= engine.recompute_num_layers <= max(layers, 1):
+                yield Finding(
+                    key=f"{key}.recompute_num_layers",
+                    message=f"{engine.recompute_num_layers} is not in 1..{layers}, the layers of a pipeline chunk",
+                )
+            if config.model.fp8 != "none" and engine.precision == "fp32":
+                yield Finding(key=f"{key}.precision", message="model.fp8 needs bf16 or fp16")
+            if engine.precision == "fp16" and config.run.device == "cpu":
+                yield Finding(level="note", key=f"{key}.precision", message="fp16 on a CPU is slow; fp32 is faster")
+    if not 0 <= config.model.dropout < 1:
+        yield Finding(key="model.dropout", message=f"must be in [0, 1), got {config.model.dropout}")
+    elif config.model.dropout > 0:
+        yield Finding(
+            level="note",
+            key="model.dropout",
+            message="with dropout a run resumes exactly on its own layout, but another layout gives other numbers",
+        )
+
+
+def _kinds(config: RunConfig) -> Iterator[Finding]:
+    wanted, got = DATA_OF[config.algorithm.kind], config.data.kind
+    if wanted != got:
+        yield Finding(
+            key="data", message=f"algorithm={config.algorithm.kind} learns from data={wanted}, got data={got}"
+        )
+
+
+def _lengths(config: RunConfig) -> Iterator[Finding]:
+    """The longest sequence against positions and the micro-batch."""
+    longest, positions = longest_row(config), config.model.max_position_embeddings
+    key = "data.sequence_length" if isinstance(config.data, CorpusConfig) else "data.max_length"
+    if longest < 2:
+        yield Finding(key=key, message=f"a sequence of {longest} tokens has nothing to predict; use 2 or more")
+    if isinstance(config.algorithm, PPOConfig):
+        what = f"{key} + algorithm.sampling.max_new_tokens = {longest}"
+        lower = f"{key} or algorithm.sampling.max_new_tokens"
+    else:
+        what, lower = f"{key} = {longest}", key
+    if longest > positions:
+        yield Finding(
+            key=key,
+            message=f"{what} exceeds model.max_position_embeddings = {positions}; lower {lower}, or raise the "
+            "positions (a checkpoint has a fixed number)",
+        )
+    for name, role in roles(config).items():
+        engine = engine_of(config, role)
+        if engine.micro_batch_tokens < longest:
+            where = f"algorithm.{name}.engine" if role.engine else "engine"
+            yield Finding(
+                key=f"{where}.micro_batch_tokens",
+                message=f"{engine.micro_batch_tokens} is less than the longest row ({what}); raise it to {longest}",
+            )
+            if role.engine is None:
+                break  # the run's engine: once is enough
+
+
+def _batches(config: RunConfig, blocks: list[Block]) -> Iterator[Finding]:
+    """Every data-parallel rank gets something to do at every step."""
+    key, units = rows_per_update(config)
+    if units < 1:
+        yield Finding(key=key, message=f"must be >= 1, got {units}")
+        return
+    for block in blocks:
+        if units < block.dp:
+            yield Finding(
+                key=key,
+                message=f"{units} < dp = {block.dp} of placement {block.name!r} ({block.num_ranks} ranks / tp x pp x "
+                f"cp = {block.parallel.model_size}): some ranks would never have a row; raise it to {block.dp}, or use "
+                f"fewer ranks or a larger {block.key}.tp/.pp/.cp",
+            )
+        elif units % block.dp:
+            yield Finding(
+                level="note",
+                key=key,
+                message=f"{units} is not a multiple of dp = {block.dp}: results are the same, but some ranks wait",
+            )
+    if config.run.num_steps < 1:
+        yield Finding(key="run.num_steps", message=f"must be >= 1, got {config.run.num_steps}")
+
+
+def _schedule(config: RunConfig) -> Iterator[Finding]:
+    steps = optimizer_steps(config)
+    for name, role in roles(config).items():
+        optim = role.optim or config.optim
+        key = f"algorithm.{name}.optim" if role.optim else "optim"
+        if optim.warmup_steps and optim.decay_steps is None and optim.warmup_steps >= steps:
+            yield Finding(
+                level="note",
+                key=f"{key}.warmup_steps",
+                message=f"{optim.warmup_steps} of the run's {steps} optimizer steps: the peak rate is never reached",
+            )
+        if role.optim is None:
+            break
+
+
+def _validation(config: RunConfig) -> Iterator[Finding]:
+    data = config.data
+    if isinstance(data, PromptsConfig):
+        return
+    if not 0 <= data.validation_fraction < 1:
+        yield Finding(
+            key="data.validation_fraction",
+            message=f"must be at least 0 and less than 1, got {data.validation_fraction}",
+        )
+    if isinstance(data, CorpusConfig):
+        if data.weights is not None and len(data.weights) != len(data.files):
+            yield Finding(
+                key="data.weights", message=f"{len(data.weights)} weights for {len(data.files)} data.files; one a file"
+            )
+        if data.weights is not None and (min(data.weights, default=1) < 0 or sum(data.weights) <= 0):
+            yield Finding(key="data.weights", message="must be >= 0 and sum to more than 0")
+    elif data.validation_files and data.validation_fraction:
+        yield Finding(level="note", key="data.validation_fraction", message="not used: there are data.validation_files")
+
+
+def _starting_points(config: RunConfig) -> Iterator[Finding]:
+    """A reward model or a policy from random weights is nearly always a slip."""
+    if config.algorithm.kind in ("reward", "sft"):
+        role = roles(config)["model"]
+        if role.load is None and config.checkpoint.load is None:
+            yield Finding(level="note", key="checkpoint.load", message="not set: the model starts from random weights")
+
+
+def _packages(config: RunConfig) -> Iterator[Finding]:
+    if config.model.kernels == "te" and importlib.util.find_spec("transformer_engine") is None:
+        yield Finding(
+            key="model.kernels",
+            message="te needs Transformer Engine, which is not installed here: pip install 'megatron-zj[te]', or "
+            "model.kernels=auto",
+        )
+    if config.run.wandb_project and importlib.util.find_spec("wandb") is None:
+        yield Finding(
+            key="run.wandb_project", message="wandb is not installed here: pip install wandb, or leave it null"
+        )
+
+
+def _files(config: RunConfig) -> Iterator[Finding]:
+    """Named files exist."""
+    corpus = isinstance(config.data, CorpusConfig)
+    for key in ("files", "validation_files"):
+        for index, name in enumerate(getattr(config.data, key, ())):
+            if not (_corpus_exists(name) if corpus else Path(name).exists()):
+                hint = " (nor .bin and .idx of that prefix); zj prepare makes them" if corpus else ""
+                yield Finding(key=f"data.{key}[{index}]", message=f"{name} does not exist{hint}")
+    paths = {"tokenizer.path": config.tokenizer.path, "checkpoint.load": config.checkpoint.load}
+    paths |= {f"algorithm.{name}.load": role.load for name, role in roles(config).items()}
+    for key, path in paths.items():
+        if path is not None and not path.exists():
+            yield Finding(key=key, message=f"{path} does not exist")
+
+
+def _corpus_exists(name: str) -> bool:
+    return Path(name).is_dir() or (Path(f"{name}.bin").is_file() and Path(f"{name}.idx").is_file())

@@ -1,0 +1,100 @@
+"""What follows from a configuration: which models it has, the ranks they live on, and its totals.  Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_zj.config.algorithm import PPOConfig, RoleConfig
+from megatron_zj.config.data import CorpusConfig
+from megatron_zj.config.optim import EngineConfig
+from megatron_zj.config.parallel import ParallelConfig, PlacementConfig
+from megatron_zj.config.run import RunConfig
+
+ALL = "all"  # the placement that is every rank, laid out by RunConfig.parallel
+ROLES_OF_PPO = ("actor", "critic", "reference", "reward")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A placement with its numbers filled in: ranks ``first_rank`` to ``first_rank + num_ranks - 1``."""
+
+    name: str
+    key: str  # where its layout is configured
+    first_rank: int
+    num_ranks: int
+    parallel: ParallelConfig
+    roles: tuple[str, ...]  # the models that live on it
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel size: replicas of the model on this block (0: the layout does not fit)."""
+        return self.num_ranks // self.parallel.model_size
+
+
+def roles(config: RunConfig) -> dict[str, RoleConfig]:
+    """The models of the run by role name."""
+    algorithm = config.algorithm
+    if isinstance(algorithm, PPOConfig):
+        return {name: getattr(algorithm, name) for name in ROLES_OF_PPO}
+    return {"model": algorithm.model}
+
+
+def placements(config: RunConfig, world_size: int | None = None) -> list[Block]:
+    """The blocks of ranks that roles live on, in rank order.
+
+    Blocks that no role names are left out, and so are names that are not configured (``checks`` reports both).
+    ``world_size``: None takes the configuration's, else 1.
+    """
+    world = world_size or config.world_size or 1
+    known = {**config.placements, ALL: PlacementConfig(parallel=config.parallel)}
+    living: dict[str, list[str]] = {}
+    for name, role in roles(config).items():
+        living.setdefault(role.placement, []).append(name)
+    blocks = [
+        Block(
+            name=name,
+            key="parallel" if name == ALL else f"placements.{name}.parallel",
+            first_rank=known[name].first_rank,
+            num_ranks=_num_ranks(known[name], world),
+            parallel=known[name].parallel,
+            roles=tuple(names),
+        )
+        for name, names in living.items()
+        if name in known
+    ]
+    return sorted(blocks, key=lambda block: (block.first_rank, block.name))
+
+
+def _num_ranks(placement: PlacementConfig, world: int) -> int:
+    return world - placement.first_rank if placement.num_ranks is None else placement.num_ranks
+
+
+def engine_of(config: RunConfig, role: RoleConfig) -> EngineConfig:
+    """The engine settings of a role: its own, or the run's."""
+    return role.engine or config.engine
+
+
+def longest_row(config: RunConfig) -> int:
+    """Tokens of the longest sequence the model will meet."""
+    data = config.data
+    length = data.sequence_length if isinstance(data, CorpusConfig) else data.max_length
+    if isinstance(config.algorithm, PPOConfig):
+        return length + config.algorithm.sampling.max_new_tokens
+    return length
+
+
+def rows_per_update(config: RunConfig) -> tuple[str, int]:
+    """The key and the number of units (rows, ranked groups, samples) of one optimizer step."""
+    algorithm = config.algorithm
+    if isinstance(algorithm, PPOConfig):
+        return "algorithm.minibatch_size", algorithm.minibatch_size
+    return "algorithm.global_batch_size", algorithm.global_batch_size
+
+
+def optimizer_steps(config: RunConfig) -> int:
+    """Optimizer steps of the whole run, one model's."""
+    algorithm = config.algorithm
+    if isinstance(algorithm, PPOConfig):
+        rows = algorithm.prompts_per_step * algorithm.samples_per_prompt
+        return config.run.num_steps * algorithm.epochs * (rows // algorithm.minibatch_size)
+    return config.run.num_steps
