@@ -1,0 +1,217 @@
+"""Attention in plain torch: the CPU path, and what the Triton kernels are compared with.
+
+Each sequence becomes one or more tiles; tiles of one shape go through torch's fused CPU attention together, so no
+[T, T] mask and no [T, T] score matrix ever exists.  Only context parallelism and windows need masks, and those are of
+``MASK_ROWS`` queries at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MASK_ROWS = 256  # queries a masked tile holds at most
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries [q0, q0 + num_q) against keys [k0, k0 + num_k) of the pack."""
+
+    q0: int
+    num_q: int
+    k0: int
+    num_k: int
+    causal: bool  # square and lower triangular
+    first: int | None  # masked tile: key index, from k0, that the first query's position has; else None
+    positions: tuple[int, ...] | None  # masked tile: each query's position, from k0
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """Tiles of one form can share a call."""
+        return self.num_q, self.num_k, self.causal, self.positions
+
+
+def tiles(
+    ends_q: Sequence[int], ends_k: Sequence[int], slots: Sequence[int] | None, causal: bool, window: int
+) -> list[Tile]:
+    """Cut a pack into tiles.  ``window`` 0: none.  Queries that see no key get no tile."""
+    found: list[Tile] = []
+    for q0, q1, k0, k1 in zip(ends_q[:-1], ends_q[1:], ends_k[:-1], ends_k[1:], strict=True):
+        num_q, num_k = q1 - q0, k1 - k0
+        if num_q == 0 or num_k == 0:
+            continue
+        if not causal:
+            found.append(Tile(q0, num_q, k0, num_k, False, None, None))
+            continue
+        if slots is None:
+            positions = range(num_k - num_q, num_k)
+        else:
+            positions = [slot - k0 for slot in slots[q0:q1]]  # type: ignore[assignment]
+            _check_slots(positions, num_k)
+        aligned = num_q == num_k and (slots is None or list(positions) == list(range(num_k)))
+        if aligned and (window == 0 or window >= num_k):
+            found.append(Tile(q0, num_q, k0, num_k, True, None, None))
+        else:
+            found += _masked_tiles(q0, k0, positions, window)
+    return found
+
+
+def _check_slots(positions: Sequence[int], num_k: int) -> None:
+    rising = all(a < b for a, b in zip(positions, positions[1:], strict=False))
+    if not rising or positions[0] < 0 or positions[-1] >= num_k:
+        raise ValueError("q_slots must rise within each sequence and stay inside the sequence's keys")
+
+
+def _masked_tiles(q0: int, k0: int, positions: Sequence[int], window: int) -> list[Tile]:
+    found = []
+    start = next((index for index, position in enumerate(positions) if position >= 0), len(positions))
+    for row in range(start, len(positions), MASK_ROWS):
+        here = tuple(positions[row : row + MASK_ROWS])
+        low = max(0, here[0] - window + 1) if window else 0
+        relative = tuple(position - low for position in here)
+        found.append(Tile(q0 + row, len(here), k0 + low, here[-1] - low + 1, False, relative[0], relative))
+    return found
+
+
+def _mask(tile: Tile, window: int, dtype: torch.dtype) -> Tensor | None:
+    if tile.positions is None:
+        return None
+    position = torch.tensor(tile.positions)[:, None]
+    key = torch.arange(tile.num_k)[None, :]
+    hidden = key > position
+    if window:
+        hidden |= key <= position - window
+    if not bool(hidden.any()):
+        return None
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)[None, None]
+
+
+def _stack(x_THD: Tensor, starts: list[int], length: int) -> Tensor:
+    """[tiles, heads, length, D]: a view where the tiles are evenly spaced."""
+    step = starts[1] - starts[0] if len(starts) > 1 else length
+    even = step > 0 and all(b - a == step for a, b in zip(starts, starts[1:], strict=False))
+    if even:
+        stride_T, stride_H, stride_D = x_THD.stride()
+        view = x_THD.as_strided(
+            (len(starts), length, x_THD.shape[1], x_THD.shape[2]),
+            (step * stride_T, stride_T, stride_H, stride_D),
+            x_THD.storage_offset() + starts[0] * stride_T,
+        )
+    else:
+        view = torch.stack([x_THD[start : start + length] for start in starts])
+    return view.transpose(1, 2)
+
+
+def _groups(found: list[Tile]) -> list[list[Tile]]:
+    groups: dict[tuple[object, ...], list[Tile]] = {}
+    for tile in found:
+        groups.setdefault(tile.form, []).append(tile)
+    return list(groups.values())
+
+
+def forward(
+    q_THD: Tensor,
+    k_SKD: Tensor,
+    v_SKD: Tensor,
+    ends_q: Sequence[int],
+    ends_k: Sequence[int],
+    slots: Sequence[int] | None,
+    scale: float,
+    causal: bool,
+    window: int,
+) -> tuple[Tensor, Tensor]:
+    """Output [T, H, D] and log-sum-exp of the scaled scores [H, T] (fp32, fp64 for fp64 inputs)."""
+    num_q, num_heads, _ = q_THD.shape
+    out = torch.zeros(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+    lse_dtype = torch.float64 if q_THD.dtype == torch.float64 else torch.float32
+    lse = torch.full((num_heads, num_q), -torch.inf, dtype=lse_dtype, device=q_THD.device)
+    for group in _groups(tiles(ends_q, ends_k, slots, causal, window)):
+        like = group[0]
+        starts_q, starts_k = [tile.q0 for tile in group], [tile.k0 for tile in group]
+        part, part_lse = _forward(
+            _stack(q_THD, starts_q, like.num_q),
+            _stack(k_SKD, starts_k, like.num_k),
+            _stack(v_SKD, starts_k, like.num_k),
+            0.0,
+            like.causal,
+            attn_mask=_mask(like, window, q_THD.dtype),
+            scale=scale,
+        )
+        for index, start in enumerate(starts_q):
+            out[start : start + like.num_q] = part[index].transpose(0, 1)
+            lse[:, start : start + like.num_q] = part_lse[index]
+    return out, lse
+
+
+def backward(
+    dout_THD: Tensor,
+    q_THD: Tensor,
+    k_SKD: Tensor,
+    v_SKD: Tensor,
+    out_THD: Tensor,
+    lse_HT: Tensor,
+    ends_q: Sequence[int],
+    ends_k: Sequence[int],
+    slots: Sequence[int] | None,
+    scale: float,
+    causal: bool,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v.  Keys that several tiles share are summed in fp32."""
+    wide = torch.float64 if q_THD.dtype == torch.float64 else torch.float32
+    dq = torch.zeros(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+    dk = torch.zeros(k_SKD.shape, dtype=wide, device=q_THD.device)
+    dv = torch.zeros(v_SKD.shape, dtype=wide, device=q_THD.device)
+    for group in _groups(tiles(ends_q, ends_k, slots, causal, window)):
+        like = group[0]
+        starts_q, starts_k = [tile.q0 for tile in group], [tile.k0 for tile in group]
+        lse = torch.stack([lse_HT[:, start : start + like.num_q] for start in starts_q])
+        parts = _backward(
+            _stack(dout_THD, starts_q, like.num_q),
+            _stack(q_THD, starts_q, like.num_q),
+            _stack(k_SKD, starts_k, like.num_k),
+            _stack(v_SKD, starts_k, like.num_k),
+            _stack(out_THD, starts_q, like.num_q),
+            lse,
+            0.0,
+            like.causal,
+            attn_mask=_mask(like, window, q_THD.dtype),
+            scale=scale,
+        )
+        for index, (start_q, start_k) in enumerate(zip(starts_q, starts_k, strict=True)):
+            dq[start_q : start_q + like.num_q] = parts[0][index].transpose(0, 1)
+            dk[start_k : start_k + like.num_k] += parts[1][index].transpose(0, 1)
+            dv[start_k : start_k + like.num_k] += parts[2][index].transpose(0, 1)
+    return dq, dk.to(k_SKD.dtype), dv.to(v_SKD.dtype)
+
+
+def decode(
+    q_RHD: Tensor, k_cache_RSKD: Tensor, v_cache_RSKD: Tensor, lengths_R: Tensor, scale: float, window: int
+) -> Tensor:
+    """One query a row against its cache; see ``decode_attention``."""
+    num_rows, num_heads, dim = q_RHD.shape
+    if num_rows == 0:
+        return torch.empty_like(q_RHD)
+    longest = max(int(lengths_R.max()), 1)
+    num_kv = k_cache_RSKD.shape[2]
+    key = torch.arange(longest, device=q_RHD.device)[None, :]
+    hidden = key >= lengths_R[:, None]
+    if window:
+        hidden = hidden | (key < lengths_R[:, None] - window)
+    # A group of query heads is the query dimension: the cache is read once and never repeated.
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q_RHD.view(num_rows, num_kv, num_heads // num_kv, dim),
+        k_cache_RSKD[:, :longest].transpose(1, 2),
+        v_cache_RSKD[:, :longest].transpose(1, 2),
+        attn_mask=torch.zeros(hidden.shape, dtype=q_RHD.dtype, device=q_RHD.device).masked_fill_(hidden, -torch.inf)[
+            :, None, None, :
+        ],
+        scale=scale,
+    )
+    empty = (lengths_R <= 0)[:, None, None]
+    return out.reshape(num_rows, num_heads, dim).masked_fill(empty, 0.0)

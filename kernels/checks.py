@@ -1,0 +1,63 @@
+"""Argument checks the ops share.  They read shapes, dtypes and devices only: nothing here waits for a device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError with this message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_float(**tensors: Tensor | None) -> None:
+    """Each given tensor is fp16, bf16, fp32 or fp64."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            require(tensor.dtype in FLOATS, f"{name} must be a float tensor, got {tensor.dtype}")
+
+
+def require_integer(**tensors: Tensor | None) -> None:
+    """Each given tensor is int32 or int64."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            require(tensor.dtype in (torch.int32, torch.int64), f"{name} must be int32 or int64, got {tensor.dtype}")
+
+
+def require_same_device(**tensors: Tensor | None) -> None:
+    """All the given tensors live on one device."""
+    given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    require(len(set(given.values())) <= 1, f"tensors must share one device, got {given}")
+
+
+def require_shape(tensor: Tensor, shape: Sequence[int | None], name: str) -> None:
+    """The tensor has this shape; None stands for any size."""
+    good = tensor.dim() == len(shape) and all(
+        want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
+    )
+    if not good:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape [{wanted}], got {list(tensor.shape)}")
+
+
+def host_ends(cu_seqlens: Tensor, ends: Sequence[int] | None, total: int, name: str) -> list[int] | None:
+    """The sequence ends on the host: ``ends`` where given, read from a CPU tensor, else None (no synchronisation).
+
+    Raises ValueError where they are known and do not rise from 0 to ``total``.
+    """
+    require(cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1, f"{name} must be [sequences + 1], got {list(cu_seqlens.shape)}")
+    if ends is None:
+        if cu_seqlens.device.type != "cpu":
+            return None
+        ends = cu_seqlens.tolist()
+    known = list(ends)
+    require(len(known) == cu_seqlens.shape[0], f"{name} has {cu_seqlens.shape[0]} ends, its host copy {len(known)}")
+    rising = known[0] == 0 and all(a <= b for a, b in zip(known, known[1:], strict=False))
+    require(rising and known[-1] == total, f"{name} must rise from 0 to the {total} tokens given, got {known}")
+    return known

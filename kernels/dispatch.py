@@ -1,0 +1,95 @@
+"""Which body of an op runs: the Triton kernel on CUDA, the torch reference elsewhere.
+
+A choice is made once, in the forward call, and travels with the autograd graph: a backward pass runs on the backend
+of its forward pass, whatever thread it runs in.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, Literal
+
+from torch import Tensor
+
+Backend = Literal["triton", "torch"]
+
+
+class Registry:
+    """The process-wide state of dispatch: the forced backend and the launches seen by ``record_launches``."""
+
+    forced: Backend | None = None
+    recording: bool = False
+    launches: Counter[str] = Counter()
+
+
+@contextmanager
+def use(backend: Backend | None) -> Iterator[None]:
+    """Force every op called inside to this backend; None gives the choice back to the device.
+
+    ``use("triton")`` on CPU tensors works only under Triton's interpreter (TRITON_INTERPRET=1).
+    """
+    if backend not in ("triton", "torch", None):
+        raise ValueError(f"backend must be 'triton', 'torch' or None, got {backend!r}")
+    before = Registry.forced
+    Registry.forced = backend
+    try:
+        yield
+    finally:
+        Registry.forced = before
+
+
+def backend_of(tensor: Tensor) -> Backend:
+    """The backend for an op on this tensor.
+
+    Raises NotImplementedError where Triton is forced and cannot run: no Triton, or a CPU tensor and no interpreter.
+    """
+    if Registry.forced == "torch" or (Registry.forced is None and not (tensor.is_cuda and has_triton())):
+        return "torch"
+    if not has_triton():
+        raise NotImplementedError("the Triton kernels are forced but the package triton is not installed")
+    if not tensor.is_cuda and not interpreting():
+        raise NotImplementedError(
+            f"the Triton kernels are forced on a {tensor.device.type} tensor: they need a CUDA device, "
+            "or TRITON_INTERPRET=1 set before the process starts"
+        )
+    return "triton"
+
+
+def has_triton() -> bool:
+    """Whether the package triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether this process runs Triton kernels in the interpreter."""
+    return has_triton() and bool(importlib.import_module("triton").knobs.runtime.interpret)
+
+
+def triton_form(op: str) -> ModuleType:
+    """The module ``kernels.<op>.triton``, imported at first use so that torch alone is enough on a CPU."""
+    return importlib.import_module(f"kernels.{op}.triton")
+
+
+def launch(kernel: Any, grid: Sequence[int], *args: Any, **meta: Any) -> None:
+    """Run a Triton kernel over ``grid`` and count it; a grid with a zero does nothing."""
+    if 0 in grid:
+        return
+    if Registry.recording:
+        Registry.launches[kernel.fn.__name__] += 1
+    kernel[tuple(grid)](*args, **meta)
+
+
+@contextmanager
+def record_launches() -> Iterator[Counter[str]]:
+    """Count the kernel launches inside, by kernel name."""
+    Registry.launches = Counter()
+    Registry.recording = True
+    try:
+        yield Registry.launches
+    finally:
+        Registry.recording = False

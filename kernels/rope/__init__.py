@@ -1,0 +1,54 @@
+"""Rotary position embedding for packed sequences."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels import checks
+from kernels.rope import reference
+
+
+def rope(
+    x_THD: Tensor, cos_PF: Tensor, sin_PF: Tensor, positions_T: Tensor, *, in_place: bool = False
+) -> Tensor:
+    """Rotate each head's pairs (i, i + D/2) by the angle of the token's position (Su et al. 2021).
+
+    The pairing is Hugging Face's half rotation: out = x * cos + rotate_half(x) * sin.
+
+    Args:
+        x_THD: [T, H, D] queries or keys, D even; fp16, bf16, fp32 (CPU also fp64).
+        cos_PF, sin_PF: [P, D/2] tables for the positions 0 .. P-1, see ``rope_tables``.
+        positions_T: [T] int32 or int64, each token's index in its own sequence, < P (not checked: it would wait for
+            the device).
+        in_place: write over x_THD; allowed only where no gradient is recorded.
+
+    Returns:
+        [T, H, D] in x's dtype; computed in fp32.  The gradient (to x only) is the opposite rotation.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or in_place where x needs a gradient.
+    """
+    checks.require_float(x_THD=x_THD, cos_PF=cos_PF, sin_PF=sin_PF)
+    checks.require_integer(positions_T=positions_T)
+    checks.require_same_device(x=x_THD, cos=cos_PF, sin=sin_PF, positions=positions_T)
+    checks.require_shape(x_THD, (None, None, None), "x_THD")
+    checks.require(x_THD.shape[2] % 2 == 0, f"the head size must be even, got {x_THD.shape[2]}")
+    checks.require_shape(cos_PF, (None, x_THD.shape[2] // 2), "cos_PF")
+    checks.require_shape(sin_PF, cos_PF.shape, "sin_PF")
+    checks.require_shape(positions_T, (x_THD.shape[0],), "positions_T")
+    if in_place:
+        recorded = torch.is_grad_enabled() and x_THD.requires_grad
+        checks.require(not recorded, "in_place rope would overwrite a tensor autograd needs; use it under no_grad")
+        return x_THD.copy_(reference.rotate(x_THD, cos_PF, sin_PF, positions_T))
+    return reference.rotate(x_THD, cos_PF, sin_PF, positions_T)
+
+
+def rope_tables(inverse_frequencies_F: Tensor, num_positions: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of position x inverse frequency, [P, D/2] fp32, for the positions 0 .. P-1.
+
+    ``inverse_frequencies_F``: [D/2] radians a token, scaling (linear, llama3) already applied.
+    """
+    positions_P = torch.arange(num_positions, dtype=torch.float64, device=inverse_frequencies_F.device)
+    angles_PF = positions_P[:, None] * inverse_frequencies_F.to(torch.float64)[None, :]
+    return angles_PF.cos().to(torch.float32), angles_PF.sin().to(torch.float32)

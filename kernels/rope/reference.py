@@ -1,0 +1,15 @@
+"""Rotary position embedding in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotate(x_THD: Tensor, cos_PF: Tensor, sin_PF: Tensor, positions_T: Tensor, sign: float = 1.0) -> Tensor:
+    """Rotate the pairs (i, i + D/2) by the angles of each token's position; ``sign`` -1 turns back."""
+    wide = torch.promote_types(x_THD.dtype, torch.float32)
+    cos_T1F = cos_PF[positions_T].to(wide)[:, None, :]
+    sin_T1F = sin_PF[positions_T].to(wide)[:, None, :] * sign
+    first, second = x_THD.to(wide).chunk(2, dim=-1)
+    return torch.cat((first * cos_T1F - second * sin_T1F, second * cos_T1F + first * sin_T1F), -1).to(x_THD.dtype)
