@@ -1,0 +1,160 @@
+"""Chat templates as data, and dialogues to spans of ids: the one place where the chat string is made.
+
+Training, generation and evaluation all render through ``render``, so the string cannot differ between them.  The loss
+mask comes from the structure (which span is an assistant's), never from ids: a pad id equal to eos cannot erase an eos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from megatron_zj.data.errors import BadRecord, DataError
+from megatron_zj.data.tokenizer import Tokenizer
+
+RoleName = Literal["system", "user", "assistant"]
+CONTENT = "{content}"
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn."""
+
+    role: RoleName
+    content: str
+
+
+@dataclass(frozen=True)
+class Token:
+    """A special token of a template: ``bos``, ``eos``, or the text of an added token."""
+
+    name: str
+
+
+Part = str | Token  # text (``{content}`` stands for the turn's content) or one special token
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """What surrounds the turns.  Neighbouring texts are tokenized apart: each part is one call of the tokenizer."""
+
+    start: tuple[Part, ...]  # before everything
+    system: tuple[Part, ...]  # a system turn, after start
+    user: tuple[Part, ...]  # a user turn, up to where the answer begins
+    assistant: tuple[Part, ...]  # an answer; all of it carries loss
+    between: tuple[Part, ...]  # between an answer and the next user turn
+
+
+_TEMPLATES = {
+    # Zhongjing (SupritYoung/Zhongjing, template "ziya"): bos at every turn, <human> and <bot> single tokens.
+    "ziya": ChatTemplate(
+        start=(Token("bos"),),
+        system=(CONTENT, "\n"),
+        user=(Token("<human>"), f":{CONTENT}\n", Token("<bot>"), ":"),
+        assistant=(CONTENT, Token("eos")),
+        between=("\n", Token("bos")),
+    ),
+    # ChiMed-GPT (fengshen, finetune_ziya_with_hf): brackets are plain text, no bos.
+    "chimed_gpt": ChatTemplate(
+        start=(),
+        system=(f"{CONTENT}\n",),
+        user=(f"[human]:{CONTENT}\n[bot]:",),
+        assistant=(CONTENT, Token("eos")),
+        between=(),
+    ),
+}
+TEMPLATES: Mapping[str, ChatTemplate] = MappingProxyType(_TEMPLATES)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive ids of a row; ``target``: they carry loss."""
+
+    ids: tuple[int, ...]
+    target: bool
+
+
+def chat_template(name: str) -> ChatTemplate:
+    """The template with this name.  Raises DataError, listing the names."""
+    if name not in TEMPLATES:
+        raise DataError(f"unknown chat template {name!r}\n  -> data.template is one of: {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
+def check_order(messages: Sequence[Message]) -> None:
+    """Turns must be: an optional system turn, then user, assistant, user ... , none of them empty."""
+    turns = list(messages)
+    for index, message in enumerate(turns):
+        if not message.content.strip():
+            raise BadRecord(f"turn {index + 1} ({message.role}) is empty", field=f"messages[{index}].content")
+    first = 1 if turns and turns[0].role == "system" else 0
+    if len(turns) == first:
+        raise BadRecord("the dialogue has no user turn", field="messages")
+    for index, message in enumerate(turns[first:]):
+        expected = "assistant" if index % 2 else "user"
+        if message.role != expected:
+            raise BadRecord(
+                f"turn {first + index + 1} is from {message.role!r} where {expected!r} must speak",
+                field=f"messages[{first + index}].role",
+                hint="join neighbouring turns of one speaker and begin with the user, or set data.on_bad_record=skip",
+            )
+
+
+def render(messages: Sequence[Message], template: ChatTemplate, tokenizer: Tokenizer) -> list[Span]:
+    """Spans of a dialogue in order, context and answers apart.
+
+    Every answer with its eos is one target span; nothing else is.  A dialogue that ends with the user gives a prompt:
+    the last span is context and ends exactly where the answer begins.  Raises BadRecord on empty or misordered turns.
+    """
+    spans: list[Span] = []
+    context: list[int] = []
+    for part, content, is_answer in _parts(messages, template):
+        ids = _encode(part, content, tokenizer)
+        if is_answer and context:
+            spans.append(Span(tuple(context), False))
+            context = []
+        if is_answer and spans and spans[-1].target:
+            spans[-1] = Span((*spans[-1].ids, *ids), True)
+        elif is_answer:
+            spans.append(Span(tuple(ids), True))
+        else:
+            context += ids
+    return [*spans, Span(tuple(context), False)] if context else spans
+
+
+def render_prompt(messages: Sequence[Message], template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
+    """Ids of a prompt for generation: ``messages`` ends with the user, the ids end where the answer begins."""
+    if not messages or messages[-1].role != "user":
+        raise BadRecord("a prompt must end with a user turn", field="messages")
+    return [token_id for span in render(messages, template, tokenizer) for token_id in span.ids]
+
+
+def render_text(messages: Sequence[Message], template: ChatTemplate) -> str:
+    """The chat string for people, special tokens by their names."""
+    return "".join(
+        f"<{part.name.strip('<>')}>" if isinstance(part, Token) else part.replace(CONTENT, content)
+        for part, content, _ in _parts(messages, template)
+    )
+
+
+def _parts(messages: Sequence[Message], template: ChatTemplate) -> list[tuple[Part, str, bool]]:
+    """Every part of the chat string in order: the part, the content that goes in it, whether it is an answer's."""
+    check_order(messages)
+    parts: list[tuple[Part, str, bool]] = [(part, "", False) for part in template.start]
+    answered = False
+    for message in messages:
+        if message.role == "user" and answered:
+            parts += [(part, "", False) for part in template.between]
+        answered = message.role == "assistant"
+        turn = {"system": template.system, "user": template.user, "assistant": template.assistant}[message.role]
+        parts += [(part, message.content, answered) for part in turn]
+    return parts
+
+
+def _encode(part: Part, content: str, tokenizer: Tokenizer) -> list[int]:
+    if isinstance(part, str):
+        return tokenizer.encode(part.replace(CONTENT, content))
+    own = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+    return [own[part.name] if part.name in own else tokenizer.special_id(part.name)]
