@@ -1,0 +1,102 @@
+"""Doctors, good and mediocre: what each kind of answer says, right or with one named fault."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from random import Random
+
+from megatron_zj.evaluation.clinic.cases import ASKING, Case, Kind
+from megatron_zj.evaluation.clinic.conditions import Condition
+
+_DIAGNOSIS = ("考虑是{n}。", "您这是{n}。", "像是{n}。")
+_EXAMINATION = ("建议查{examination}。", "先做{examination}确认。", "去查一下{examination}。")
+_TREATMENT = ("可以用{treatment}", "治疗用{treatment}", "给您用{treatment}")
+_INSTEAD = ("您不能用{treatment}，改用{alternative}。", "您的情况不要用{treatment}，换成{alternative}。")
+_URGENT = ("{red_flag}是危险信号，请立即去急诊。", "{red_flag}很危险，请马上去急诊，不要自己用药。")
+
+# How the doctors of the SFT dialogues behave, by kind of case: behaviour -> weight.  The faults leave PPO headroom.
+SFT_DOCTORS: Mapping[Kind, Mapping[str, float]] = {
+    "ask": {"good": 0.5, "guess": 0.3, "guess_careful": 0.2},
+    "advise": {"good": 0.4, "no_caution": 0.3, "no_examination": 0.1, "drug_only": 0.2},
+    "risk": {"good": 0.5, "ignore_risk": 0.5},
+    "urgent": {"good": 0.5, "ignore_flag": 0.5},
+}
+# What candidate answers for ranking are drawn from.
+CANDIDATES: Mapping[Kind, tuple[str, ...]] = {
+    "ask": ("good", "good", "guess", "guess_careful", "guess_drug", "wrong_question", "repeat", "cut"),
+    "advise": ("good", "good", "no_caution", "no_examination", "drug_only", "wrong", "late_question", "repeat", "cut"),
+    "risk": ("good", "good", "ignore_risk", "drug_only", "no_examination", "wrong", "repeat", "cut"),
+    "urgent": ("good", "good", "ignore_flag", "drug_only", "no_reason", "repeat", "cut"),
+}
+
+
+def answer(case: Case, behaviour: str, random: Random, stranger: Condition | None = None) -> str:
+    """One doctor's answer.  ``stranger``: the condition ``wrong_question`` asks about."""
+    if behaviour in ("repeat", "cut"):
+        return _spoil(good(case, random), behaviour)
+    if behaviour == "good":
+        return good(case, random)
+    suspected = random.choice((case.condition, case.look_alike)) if case.kind == "ask" else case.condition
+    if behaviour == "wrong_question":
+        return _say(ASKING, stranger or case.condition, random)
+    if behaviour == "late_question":
+        return _say(ASKING, case.condition, random)
+    if behaviour == "no_reason":
+        return random.choice(("请立即去急诊。", "请马上去急诊，不要自己用药。"))
+    if behaviour == "wrong":
+        suspected = case.look_alike
+    parts = {
+        "guess": ("diagnosis", "drug"),
+        "guess_careful": ("diagnosis", "examination", "drug", "caution"),
+        "guess_drug": ("drug",),
+        "no_caution": ("diagnosis", "examination", "drug"),
+        "no_examination": ("diagnosis", "instead") if case.kind == "risk" else ("diagnosis", "drug", "caution"),
+        "drug_only": ("diagnosis", "drug"),
+        "wrong": ("diagnosis", "examination", "drug", "caution"),
+        "ignore_risk": ("diagnosis", "examination", "drug", "caution"),
+        "ignore_flag": ("diagnosis", "examination", "drug", "caution"),
+    }[behaviour]
+    return _advice(suspected, parts, random)
+
+
+def good(case: Case, random: Random) -> str:
+    """What a good doctor says."""
+    if case.kind == "ask":
+        return _say(ASKING, case.condition, random)
+    if case.kind == "urgent":
+        return _say(_URGENT, case.condition, random)
+    last = ("instead",) if case.kind == "risk" else ("drug", "caution")
+    return _advice(case.condition, ("diagnosis", "examination", *last), random)
+
+
+def warning(condition: Condition, random: Random) -> str:
+    """What to watch for, when the patient asks."""
+    return _say(("如果{red_flag}，请立即去急诊。", "要是{red_flag}，马上去急诊。"), condition, random)
+
+
+def _advice(condition: Condition, parts: tuple[str, ...], random: Random) -> str:
+    said = ""
+    for part in parts:
+        if part == "diagnosis":
+            said += _say(_DIAGNOSIS, condition, random)
+        elif part == "examination":
+            said += _say(_EXAMINATION, condition, random)
+        elif part == "instead":
+            said += _say(_INSTEAD, condition, random)
+        elif part == "drug":
+            said += _say(_TREATMENT, condition, random) + ("，" if "caution" in parts else "。")
+        else:
+            said += f"{condition.risk_group}禁用。"
+    return said
+
+
+def _spoil(text: str, how: str) -> str:
+    """Say the last sentence again, or stop in the middle of it."""
+    if how == "cut":
+        return text[: len(text) * 3 // 5]
+    cut = max((text[:-1].rfind(mark) for mark in "。，"), default=-1) + 1
+    return text + text[cut:]
+
+
+def _say(wordings: tuple[str, ...], condition: Condition, random: Random) -> str:
+    return random.choice(wordings).format(n=condition.name, **vars(condition))
