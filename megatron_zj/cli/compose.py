@@ -6,6 +6,7 @@ that YAML need not repeat the dataclasses' defaults and a mistyped key is refuse
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ from megatron_zj.config.run import RunConfig
 
 PRIMARY = "train"  # conf/train.yaml
 POLYMORPHIC = ("algorithm", "data")  # groups whose options are of different kinds
+INHERITED = ("engine", "optim")  # what a role sets of these is laid over the run's own
+
+_QUOTED = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")  # splits into bare, quoted, bare, ...
+_WORD = re.compile(r"[^\s\[\]{}(),'\"]+")
 
 
 def conf_folder() -> Path:
@@ -73,7 +78,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
     parsed = []
     for text in overrides:
         try:
-            parsed.append(parser.parse_override(text))
+            parsed.append(parser.parse_override(_quote_foreign(text)))
         except HydraException as error:
             raise ConfigError(
                 [
@@ -82,6 +87,18 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
                 ]
             ) from None
     return parsed
+
+
+def _quote_foreign(text: str) -> str:
+    """The override with words that Hydra's grammar cannot read bare (Chinese, a leading ``~``) put in quotes."""
+    key, equals, value = text.partition("=")
+    pieces = _QUOTED.split(value)
+    pieces[::2] = [_WORD.sub(_quote_word, piece) for piece in pieces[::2]]
+    return f"{key}{equals}{''.join(pieces)}"
+
+
+def _quote_word(word: re.Match[str]) -> str:
+    return f"'{word[0]}'" if not word[0].isascii() or "~" in word[0] else word[0]
 
 
 def compose_plain(overrides: Sequence[str]) -> dict[str, Any]:
@@ -98,14 +115,32 @@ def compose_plain(overrides: Sequence[str]) -> dict[str, Any]:
         groups = [override for override in parsed if _is_group(override)]
         tree = _compose([_as_hydra(override) for override in parsed])
         for group in POLYMORPHIC:
-            switches = [override for override in groups if override.key_or_group == group]
+            switches = [o for o in groups if o.key_or_group == group and not o.is_delete()]
             if not switches:
                 continue
             before = _compose([str(o.input_line) for o in groups if o not in switches])
             if _kind(before, group) != _kind(tree, group):
                 alone = [o for o in parsed if o.key_or_group != "experiment"]
                 tree[group] = _compose([_as_hydra(override) for override in alone])[group]
+    return _inherit(tree)
+
+
+def _inherit(tree: dict[str, Any]) -> dict[str, Any]:
+    """A role's ``engine`` or ``optim`` changes what it names; the rest is the run's, not the dataclass default."""
+    algorithm = tree.get("algorithm")
+    for role in algorithm.values() if isinstance(algorithm, dict) else ():
+        for name in INHERITED:
+            if isinstance(role, dict) and isinstance(role.get(name), dict):
+                role[name] = _merged(tree.get(name) or {}, role[name])
     return tree
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
 
 
 def _compose(overrides: list[str]) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def _load_scalar(annotation: Any, value: Any, path: str, problems: list[str]) ->
             problems.append(f"{path}: nan is not a number to configure with")
             return _INVALID
         return float(value)
-    if annotation is Path and isinstance(value, str | Path):
+    if annotation is Path and isinstance(value, str | Path) and str(value):
         return Path(value).expanduser()
     if type(value) is annotation:
         return value
