@@ -35,6 +35,7 @@ from megatron_zj.roles.role import Role
 from megatron_zj.roles.world import World, WorldBatch, world_max, world_sum
 from megatron_zj.rollout.generate import Rollout
 from megatron_zj.runtime.seed import keyed_generator
+from megatron_zj.runtime.timers import Timers
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,11 @@ class PPO:
         rollout: Rollout,
         world: World,
         seed: int,
-        scale: ScoreScale = ScoreScale(),
+        timers: Timers,
+        scale: ScoreScale,
     ) -> None:
         self.config, self.models, self.prompts, self.rollout = config, roles, prompts, rollout
-        self.world, self.seed, self.scale = world, seed, scale
+        self.world, self.seed, self.timers, self.scale = world, seed, timers, scale
         self.policy_objective = PolicyObjective(config.clip_ratio, config.entropy_coef)
         self.value_objective = ValueObjective(config.clip_value)
         self.num_steps_done = 0
@@ -81,15 +83,18 @@ class PPO:
 
     def step(self) -> Metrics:
         """One iteration: collect, then learn."""
-        samples, collected = self.collect()
-        learned = self.learn(samples)
+        with self.timers("collect"):
+            samples, collected = self.collect()
+        with self.timers("learn"):
+            learned = self.learn(samples)
         self.num_steps_done += 1
         return collected | learned
 
     def collect(self) -> tuple[WorldBatch, Metrics]:
         """Sample responses from the current policy, score them, estimate advantages."""
         config, models, temperature = self.config, self.models, self.rollout.temperature
-        samples = models.actor.generate(self.rollout.at_step(self.num_steps_done), self._next_prompts())
+        with self.timers("generate"):
+            samples = models.actor.generate(self.rollout.at_step(self.num_steps_done), self._next_prompts())
         logprobs = models.actor.infer("logprobs", samples, temperature)
         ref_logprobs = models.reference.infer("logprobs", samples, temperature)
         values = models.critic.infer("values", samples)

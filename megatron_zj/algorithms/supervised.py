@@ -11,7 +11,8 @@ from megatron_zj.data.packing import PackedBatch
 from megatron_zj.data.stream import Stream
 from megatron_zj.engine.objective import LossTerms, Metrics
 from megatron_zj.roles.role import Role
-from megatron_zj.roles.world import WorldBatch, World
+from megatron_zj.roles.world import World, WorldBatch
+from megatron_zj.runtime.timers import Timers
 
 
 class SupervisedObjective(Protocol):
@@ -36,6 +37,7 @@ class Supervised:
         stream: Stream,
         batch_size: int,
         world: World,
+        timers: Timers,
         validation: Stream | None = None,
     ) -> None:
         self.role = role
@@ -43,6 +45,7 @@ class Supervised:
         self.stream = stream
         self.batch_size = batch_size
         self.world = world
+        self.timers = timers
         self.validation = validation
         self.num_steps_done = 0
         self.validation_metrics: Metrics = {}
@@ -54,8 +57,10 @@ class Supervised:
 
     def step(self) -> Metrics:
         """Draw, learn, report."""
-        batch = WorldBatch.gather(self.stream.next(self.batch_size, self.world.rank, self.world.size))
-        metrics = self.role.update(self.objective, batch).wait()
+        with self.timers("data"):
+            batch = WorldBatch.gather(self.stream.next(self.batch_size, self.world.rank, self.world.size))
+        with self.timers("update"):
+            metrics = self.role.update(self.objective, batch).wait()
         self.num_steps_done += 1
         return self.objective.summarise(metrics) | {"tokens": float(sum(batch.row_lengths))}
 

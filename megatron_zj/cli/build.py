@@ -1,0 +1,219 @@
+"""From a configuration to objects: the composition root.  Only this module wires."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_zj.algorithms.ppo import PPO, ScoreScale
+from megatron_zj.algorithms.registry import RECIPES, Parts, Recipe
+from megatron_zj.algorithms.supervised import Supervised
+from megatron_zj.checkpoint.load import load, newest
+from megatron_zj.checkpoint.manifest import ManifestInfo
+from megatron_zj.checkpoint.save import Checkpointer
+from megatron_zj.config.algorithm import PPOConfig, RoleConfig, SamplingConfig
+from megatron_zj.config.loader import ConfigError, to_dict
+from megatron_zj.config.run import RunConfig
+from megatron_zj.data.stream import Stream, build_stream
+from megatron_zj.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_zj.engine.build import build_engine
+from megatron_zj.engine.engine import Engine
+from megatron_zj.models.flops import training_flops_per_token
+from megatron_zj.roles.exchange import Exchange
+from megatron_zj.roles.placement import build_placements
+from megatron_zj.roles.role import Role
+from megatron_zj.roles.world import World
+from megatron_zj.rollout.generate import Rollout
+from megatron_zj.runtime.distributed import Process
+from megatron_zj.runtime.log import progress_bar
+from megatron_zj.runtime.metrics import MetricsLog
+from megatron_zj.runtime.timers import Timers
+from megatron_zj.train.callbacks import Measure, Report, Save, Validate
+from megatron_zj.train.loop import Callback
+
+logger = logging.getLogger(__name__)
+CHECKPOINTS = "checkpoints"  # folder below run.dir
+_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 FLOP/s by name, NVIDIA's data sheets
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the training loop needs."""
+
+    algorithm: Supervised | PPO
+    callbacks: list[Callback]
+    timers: Timers
+
+
+def build_run(config: RunConfig, process: Process) -> Run:
+    """Everything, with weights loaded: a resumed run's own, or the previous stage's, or fresh ones."""
+    timers = Timers(process.device, process.activity)
+    recipe = RECIPES[config.algorithm.kind]
+    with process.activity.doing("build"):
+        tokenizer = checked_tokenizer(config)
+        roles = build_roles(config, recipe, process)
+        engines = {name: role.engine for name, role in roles.items()}
+        root = config.run.dir / CHECKPOINTS
+        resumed = None if config.checkpoint.resume == "never" else newest(root)
+        if resumed is None and config.checkpoint.resume == "must":
+            raise ConfigError([f"checkpoint.resume: 'must', but there is no complete checkpoint below {root}"])
+        scale = ScoreScale()
+        if resumed is None:
+            scale = load_starting_weights(config, engines)
+        parts = build_parts(config, roles, tokenizer, timers, scale)
+        algorithm = recipe.build(config.algorithm, parts)
+        if resumed is not None:
+            logger.info("resuming from %s", resumed)
+            algorithm.load_state_dict(load(resumed, engines))
+    info = ManifestInfo(
+        config=to_dict(config), model=to_dict(config.model), tokenizer=tokenizer.fingerprint()
+    )
+    checkpointer = Checkpointer(root, config.checkpoint, info)
+    return Run(algorithm, build_callbacks(config, process, algorithm, checkpointer, engines, timers), timers)
+
+
+def checked_tokenizer(config: RunConfig) -> Tokenizer:
+    """The run's tokenizer, which must fit the model's vocabulary."""
+    tokenizer = build_tokenizer(config.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            [
+                f"model.vocab_size: {config.model.vocab_size} rows, but the tokenizer has {tokenizer.vocab_size} ids; "
+                f"set model.vocab_size={tokenizer.vocab_size} or more"
+            ]
+        )
+    return tokenizer
+
+
+def build_roles(config: RunConfig, recipe: Recipe, process: Process) -> dict[str, Role]:
+    """Every model of the algorithm on its placement.  Collective over the world."""
+    settings = {name: role_config(config, name) for name in recipe.roles}
+    placements = build_placements(
+        config.parallel,
+        config.placements,
+        {role.placement for role in settings.values()},
+        process.world_size,
+        config.run.timeout_seconds,
+    )
+    exchange = Exchange()
+    updates = config.run.num_steps * recipe.updates_per_step(config.algorithm)
+    roles = {}
+    for name, kind in recipe.roles.items():
+        placement = placements[settings[name].placement]
+        engine = None
+        if placement.groups is not None:
+            engine = build_engine(
+                config.model,
+                kind.head,
+                placement.groups,
+                settings[name].engine or config.engine,
+                (settings[name].optim or config.optim) if kind.trains else None,
+                updates,
+                process.device,
+                config.run.seed,
+            )
+        roles[name] = Role(name, placement, engine, exchange)
+    return roles
+
+
+def role_config(config: RunConfig, name: str) -> RoleConfig:
+    """The settings of one role; the algorithms' fields bear the roles' names."""
+    found = getattr(config.algorithm, name)
+    if not isinstance(found, RoleConfig):
+        raise TypeError(f"algorithm.{name} is not a role")
+    return found
+
+
+def load_starting_weights(config: RunConfig, engines: Mapping[str, Engine | None]) -> ScoreScale:
+    """Weights of earlier stages, role by role; returns the scale of the reward model's scores, where there is one."""
+    scale = ScoreScale()
+    for name, engine in engines.items():
+        role = role_config(config, name)
+        path = starting_point(config, name)
+        if path is None:
+            if config.algorithm.kind == "ppo":
+                raise ConfigError([f"algorithm.{name}.load: PPO needs weights for its {name}; give a checkpoint"])
+            continue
+        folder = newest(path)
+        if folder is None:
+            raise ConfigError([f"algorithm.{name}: no complete checkpoint in {path}"])
+        state = load(folder, {name: engine}, roles={name: role.load_role} if role.load_role else None, weights_only=True)
+        logger.info("%s starts from %s", name, folder)
+        if name == "reward" and state.get("validation"):
+            scale = ScoreScale(state["validation"]["score_mean"], state["validation"]["score_deviation"])
+    return scale
+
+
+def starting_point(config: RunConfig, name: str) -> Path | None:
+    """Where a role's first weights are: its own ``load``, or what the algorithm's documentation says."""
+    own = role_config(config, name).load
+    if own is not None or not isinstance(config.algorithm, PPOConfig):
+        return own or config.checkpoint.load
+    if name == "critic":
+        return config.algorithm.reward.load
+    return None if name == "reward" else config.checkpoint.load
+
+
+def build_parts(
+    config: RunConfig, roles: Mapping[str, Role], tokenizer: Tokenizer, timers: Timers, scale: ScoreScale
+) -> Parts:
+    """Streams, rollout and the rest of what an algorithm is made of."""
+
+    def rollout(sampling: SamplingConfig) -> Rollout:
+        return Rollout(sampling, frozenset({tokenizer.eos_id}), config.run.seed)
+
+    return Parts(
+        roles=roles,
+        stream=build_stream(config.data, tokenizer, config.run.seed, "train"),
+        validation=_validation(config, tokenizer),
+        rollout=rollout,
+        world=World.current(),
+        seed=config.run.seed,
+        timers=timers,
+        score_scale=scale,
+    )
+
+
+def _validation(config: RunConfig, tokenizer: Tokenizer) -> Stream | None:
+    data = config.data
+    files = getattr(data, "validation_files", ())
+    if not files and not getattr(data, "validation_fraction", 0.0):
+        return None
+    return build_stream(data, tokenizer, config.run.seed, "validation")
+
+
+def build_callbacks(
+    config: RunConfig,
+    process: Process,
+    algorithm: Supervised | PPO,
+    checkpointer: Checkpointer,
+    engines: Mapping[str, Engine | None],
+    timers: Timers,
+) -> list[Callback]:
+    """In the order they run: validation, speed, report, checkpoints."""
+    settings = config.run
+    callbacks: list[Callback] = []
+    if isinstance(algorithm, Supervised):
+        callbacks.append(Validate(algorithm, settings.eval_every, settings.num_steps, timers))
+    log = MetricsLog(settings.dir, settings.tensorboard, settings.wandb_project, process.rank)
+    bar = progress_bar(process, settings.num_steps, algorithm.num_steps_done, config.algorithm.kind)
+    flops = training_flops_per_token(config.model, config.model.max_position_embeddings)
+    callbacks.append(Measure(process.device, flops, _peak_flops(process)))
+    callbacks.append(Report(log, bar, settings.num_steps, settings.log_every))
+    callbacks.append(Save(checkpointer, config.checkpoint, engines, algorithm, settings.num_steps, timers))
+    return callbacks
+
+
+def _peak_flops(process: Process) -> float | None:
+    """Of all the run's devices together; None where the device is not in the table."""
+    if process.device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(process.device)
+    known = [flops for key, flops in _PEAK_FLOPS.items() if key in name]
+    return known[0] * process.world_size if known else None
+
+

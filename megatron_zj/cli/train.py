@@ -1,0 +1,46 @@
+"""``zj train``: run an experiment.  ``torchrun ... -m megatron_zj.cli.train experiment=demo/sft run.dir=runs/sft``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_zj.cli.build import build_run
+from megatron_zj.cli.compose import compose_run, load_frozen, save_frozen
+from megatron_zj.config.checks import require
+from megatron_zj.config.run import RunConfig
+from megatron_zj.runtime.distributed import Process, session, world_size_of_environment
+from megatron_zj.runtime.log import setup
+from megatron_zj.train.loop import run
+
+
+def main(argv: Sequence[str]) -> int:
+    """Compose (or read a frozen configuration), check, train."""
+    parser = argparse.ArgumentParser(prog="zj train", description="Run an experiment; see conf/experiment.")
+    parser.add_argument("--config", type=Path, help="a resolved configuration, as written to run.dir/config.yaml")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides: experiment=demo/sft optim.lr=1e-4 ...")
+    arguments = parser.parse_args(list(argv))
+    if arguments.config is not None and arguments.overrides:
+        parser.error("--config is a whole configuration; it takes no overrides")
+    config = load_frozen(arguments.config) if arguments.config else compose_run(arguments.overrides)
+    require(config, world_size_of_environment())
+    with session(config.run.device, config.run.timeout_seconds) as process:
+        train(config, process)
+    return 0
+
+
+def train(config: RunConfig, process: Process) -> None:
+    """One run, from the first log line to the last checkpoint.  Collective over the world."""
+    setup(process, config.run.dir)
+    if process.rank == 0:
+        save_frozen(config, config.run.dir / "config.yaml")
+    built = build_run(config, process)
+    run(built.algorithm, config.run.num_steps, built.callbacks, built.timers)
+
+
+if __name__ == "__main__":
+    from megatron_zj.cli.main import entry
+
+    sys.exit(entry("train", sys.argv[1:]))

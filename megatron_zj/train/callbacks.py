@@ -1,0 +1,114 @@
+"""What happens between steps: validation, speed, lines and files, checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+
+from megatron_zj.checkpoint.save import Checkpointer, Saveable
+from megatron_zj.config.checkpoint import CheckpointConfig
+from megatron_zj.engine.objective import Metrics
+from megatron_zj.runtime.log import step_line
+from megatron_zj.runtime.memory import peak_memory_mib
+from megatron_zj.runtime.metrics import MetricsLog
+from megatron_zj.runtime.timers import Timers
+from megatron_zj.train.loop import Algorithm
+
+logger = logging.getLogger(__name__)
+
+
+class Evaluates(Protocol):
+    """An algorithm with validation data of its own."""
+
+    def evaluate(self) -> Metrics:
+        """Metrics on held-out data; {} where there is none."""
+
+
+class Validate:
+    """Every ``every`` steps (0: never) and after the last one, adds ``validation/...`` to the step's metrics."""
+
+    def __init__(self, algorithm: Evaluates, every: int, num_steps: int, timers: Timers) -> None:
+        self._algorithm, self._every, self._num_steps, self._timers = algorithm, every, num_steps, timers
+
+    def on_step(self, step: int, metrics: Metrics) -> None:
+        """Validate when it is time."""
+        if step == self._num_steps or (self._every and step % self._every == 0):
+            with self._timers("validation"):
+                found = self._algorithm.evaluate()
+            metrics.update({f"validation/{name}": value for name, value in found.items()})
+            metrics.update(self._timers.pop())
+
+    def on_end(self, completed: bool) -> None:
+        """Nothing."""
+
+
+class Measure:
+    """Adds speed and memory: tokens/s, peak MiB, and on CUDA the model FLOPs utilisation."""
+
+    def __init__(self, device: torch.device, flops_per_token: float, peak_flops: float | None) -> None:
+        self._device, self._flops_per_token, self._peak_flops = device, flops_per_token, peak_flops
+
+    def on_step(self, step: int, metrics: Metrics) -> None:
+        """``tokens`` is what the whole world processed in the step."""
+        if "tokens" in metrics:
+            metrics["tokens_per_second"] = metrics["tokens"] / max(metrics["time/step"], 1e-9)
+            if self._peak_flops:
+                metrics["mfu"] = metrics["tokens_per_second"] * self._flops_per_token / self._peak_flops
+        metrics["memory/peak_mib"] = peak_memory_mib(self._device)
+
+    def on_end(self, completed: bool) -> None:
+        """Nothing."""
+
+
+class Report:
+    """One readable line a step, the progress bar, metrics.jsonl and what else MetricsLog writes to."""
+
+    def __init__(self, log: MetricsLog, bar: tqdm[None], num_steps: int, every: int) -> None:
+        self._log, self._bar, self._num_steps, self._every = log, bar, num_steps, every
+
+    def on_step(self, step: int, metrics: Metrics) -> None:
+        """Write the step."""
+        self._log.write(step, metrics)
+        self._bar.update(1)
+        if step % max(self._every, 1) == 0 or step == self._num_steps:
+            logger.info(step_line(step, self._num_steps, metrics))
+
+    def on_end(self, completed: bool) -> None:
+        """Close the files."""
+        self._bar.close()
+        self._log.close()
+
+
+class Save:
+    """Checkpoints every ``config.every`` steps and after the last one; a failed run keeps the last good one."""
+
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        config: CheckpointConfig,
+        engines: Mapping[str, Saveable | None],
+        algorithm: Algorithm,
+        num_steps: int,
+        timers: Timers,
+    ) -> None:
+        self._checkpointer, self._config, self._engines = checkpointer, config, engines
+        self._algorithm, self._num_steps, self._timers = algorithm, num_steps, timers
+
+    def on_step(self, step: int, metrics: Metrics) -> None:
+        """Save when it is time."""
+        if step == self._num_steps or (self._config.every and step % self._config.every == 0):
+            with self._timers("save"):
+                self._checkpointer.save(step, self._engines, self._state())
+            self._timers.pop()
+
+    def on_end(self, completed: bool) -> None:
+        """Let a background save finish."""
+        if completed:
+            self._checkpointer.wait()
+
+    def _state(self) -> dict[str, Any]:
+        return self._algorithm.state_dict()

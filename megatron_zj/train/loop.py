@@ -1,0 +1,53 @@
+"""The only training loop of the project."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from megatron_zj.engine.objective import Metrics
+from megatron_zj.runtime.timers import Timers
+
+
+class Algorithm(Protocol):
+    """What the loop drives.  ``step`` draws its own data and ends with updated weights."""
+
+    num_steps_done: int
+
+    def step(self) -> Metrics:
+        """One step; what it measured."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All state but the models', as JSON types and tensors; the same on every rank."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo ``state_dict``."""
+
+
+class Callback(Protocol):
+    """Something done between steps, in the order given to ``run``.  Both methods are called on every rank."""
+
+    def on_step(self, step: int, metrics: Metrics) -> None:
+        """After each step; may add to ``metrics`` what later callbacks then see."""
+
+    def on_end(self, completed: bool) -> None:
+        """After the last step, or (``completed`` False) when an error ends the run."""
+
+
+def run(algorithm: Algorithm, num_steps: int, callbacks: Sequence[Callback], timers: Timers) -> None:
+    """Step until ``num_steps`` are done, the ones before a resume included."""
+    completed = False
+    try:
+        while algorithm.num_steps_done < num_steps:
+            start = time.perf_counter()
+            with timers(f"step {algorithm.num_steps_done + 1}"):
+                metrics = algorithm.step()
+            phases = {name: value for name, value in timers.pop().items() if not name.startswith("time/step ")}
+            metrics = metrics | phases | {"time/step": time.perf_counter() - start}
+            for callback in callbacks:
+                callback.on_step(algorithm.num_steps_done, metrics)
+        completed = True
+    finally:
+        for callback in callbacks:
+            callback.on_end(completed)
