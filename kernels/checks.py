@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -51,13 +52,16 @@ def host_ends(cu_seqlens: Tensor, ends: Sequence[int] | None, total: int, name: 
 
     Raises ValueError where they are known and do not rise from 0 to ``total``.
     """
-    require(cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1, f"{name} must be [sequences + 1], got {list(cu_seqlens.shape)}")
+    require(
+        cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1,
+        f"{name} must be [sequences + 1], got {list(cu_seqlens.shape)}",
+    )
     if ends is None:
         if cu_seqlens.device.type != "cpu":
             return None
         ends = cu_seqlens.tolist()
     known = list(ends)
     require(len(known) == cu_seqlens.shape[0], f"{name} has {cu_seqlens.shape[0]} ends, its host copy {len(known)}")
-    rising = known[0] == 0 and all(a <= b for a, b in zip(known, known[1:], strict=False))
+    rising = known[0] == 0 and all(a <= b for a, b in itertools.pairwise(known))
     require(rising and known[-1] == total, f"{name} must rise from 0 to the {total} tokens given, got {known}")
     return known

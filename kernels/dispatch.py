@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -24,7 +24,7 @@ class Registry:
 
     forced: Backend | None = None
     recording: bool = False
-    launches: Counter[str] = Counter()
+    launches: ClassVar[Counter[str]] = Counter()
 
 
 @contextmanager

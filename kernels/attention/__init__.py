@@ -153,9 +153,7 @@ def _check(
     checks.require_float(q_THD=q, k_SKD=k, v_SKD=v)
     checks.require(q.dtype == k.dtype == v.dtype, f"q, k, v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     checks.require_integer(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, q_slots=q_slots)
-    checks.require_same_device(
-        q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, q_slots=q_slots
-    )
+    checks.require_same_device(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, q_slots=q_slots)
     checks.require_shape(q, (None, None, None), "q_THD")
     checks.require_shape(k, (None, None, q.shape[2]), "k_SKD")
     checks.require_shape(v, k.shape, "v_SKD")

@@ -7,6 +7,7 @@ Each sequence becomes one or more tiles; tiles of one shape go through torch's f
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,7 +63,7 @@ def tiles(
 
 
 def _check_slots(positions: Sequence[int], num_k: int) -> None:
-    rising = all(a < b for a, b in zip(positions, positions[1:], strict=False))
+    rising = all(a < b for a, b in itertools.pairwise(positions))
     if not rising or positions[0] < 0 or positions[-1] >= num_k:
         raise ValueError("q_slots must rise within each sequence and stay inside the sequence's keys")
 
@@ -94,7 +95,7 @@ def _mask(tile: Tile, window: int, dtype: torch.dtype) -> Tensor | None:
 def _stack(x_THD: Tensor, starts: list[int], length: int) -> Tensor:
     """[tiles, heads, length, D]: a view where the tiles are evenly spaced."""
     step = starts[1] - starts[0] if len(starts) > 1 else length
-    even = step > 0 and all(b - a == step for a, b in zip(starts, starts[1:], strict=False))
+    even = step > 0 and all(b - a == step for a, b in itertools.pairwise(starts))
     if even:
         stride_T, stride_H, stride_D = x_THD.stride()
         view = x_THD.as_strided(

@@ -9,9 +9,7 @@ from kernels import checks
 from kernels.rope import reference
 
 
-def rope(
-    x_THD: Tensor, cos_PF: Tensor, sin_PF: Tensor, positions_T: Tensor, *, in_place: bool = False
-) -> Tensor:
+def rope(x_THD: Tensor, cos_PF: Tensor, sin_PF: Tensor, positions_T: Tensor, *, in_place: bool = False) -> Tensor:
     """Rotate each head's pairs (i, i + D/2) by the angle of the token's position (Su et al. 2021).
 
     The pairing is Hugging Face's half rotation: out = x * cos + rotate_half(x) * sin.

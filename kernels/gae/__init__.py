@@ -1,0 +1,55 @@
+"""Generalized advantage estimation over ragged responses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels import checks
+from kernels.gae import reference
+
+
+def gae(
+    rewards_T: Tensor,
+    values_T: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    bootstrap_R: Tensor | None = None,
+    cu_seqlens_list: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of every response token (Schulman et al. 2016); no gradient.
+
+    delta_t = r_t + gamma V_{t+1} - V_t,  A_t = delta_t + gamma lam A_{t+1},  return_t = A_t + V_t, within each row.
+
+    Args:
+        rewards_T, values_T: [T] float: the response tokens of all rows, end to end.
+        cu_seqlens: [R + 1] int32: where each row starts in T, and T.
+        gamma: discount a token, 0 .. 1.
+        lam: GAE's lambda, 0 .. 1.
+        bootstrap_R: [R]: the value after each row's last token; None: 0, the episode ends there.
+        cu_seqlens_list: the same as cu_seqlens on the host: no device synchronisation.
+
+    Returns:
+        advantages [T] and returns [T], fp32 (fp64 for fp64).
+
+    Raises:
+        ValueError: shapes, dtypes or sequence ends that do not fit, gamma or lam outside 0 .. 1.
+    """
+    checks.require_float(rewards_T=rewards_T, values_T=values_T, bootstrap_R=bootstrap_R)
+    checks.require_integer(cu_seqlens=cu_seqlens)
+    checks.require_same_device(rewards=rewards_T, values=values_T, bootstrap=bootstrap_R)
+    checks.require_shape(rewards_T, (None,), "rewards_T")
+    checks.require_shape(values_T, rewards_T.shape, "values_T")
+    checks.require(0 <= gamma <= 1 and 0 <= lam <= 1, f"gamma and lam must be 0 .. 1, got {gamma}, {lam}")
+    ends = checks.host_ends(cu_seqlens, cu_seqlens_list, rewards_T.shape[0], "cu_seqlens")
+    if bootstrap_R is not None:
+        checks.require_shape(bootstrap_R, (cu_seqlens.shape[0] - 1,), "bootstrap_R")
+    with torch.no_grad():
+        advantages_T = reference.forward(
+            rewards_T, values_T, cu_seqlens.tolist() if ends is None else ends, bootstrap_R, gamma, lam
+        )
+        return advantages_T, advantages_T + values_T.to(advantages_T.dtype)

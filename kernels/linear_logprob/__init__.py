@@ -1,0 +1,223 @@
+"""Token log-probabilities and entropies straight from hidden states: the logits never exist as a whole.
+
+The vocabulary may be sharded over ranks.  Each rank computes three numbers a token over its own rows of the weight
+(``linear_logprob_partials``); ``combine_partials`` makes log-probabilities and entropies of them with two
+all-reduces, which the caller brings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels import checks, dispatch
+from kernels.linear_logprob import reference
+
+
+class Partials(NamedTuple):
+    """What one vocabulary shard says of each token, [T] fp32: over the logits z of its own rows,"""
+
+    lse: Tensor  # log sum exp z
+    target: Tensor  # z of the target; 0 where the target is on another shard
+    mean: Tensor  # sum softmax(z) z, the softmax being the shard's own; 0 without entropy
+
+
+def linear_logprob(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask_T: Tensor | None = None,
+    valid_rows: int | None = None,
+    entropy: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and entropy of each prediction, for an unsharded vocabulary.
+
+    Arguments and errors as in ``linear_logprob_partials``.  Returns logprob [T] and entropy [T] in nats, fp32; masked
+    tokens hold 0, and so does entropy where it is not asked for.  logprob <= 0 and 0 <= entropy <= log V.
+    """
+    partials = linear_logprob_partials(
+        hidden_TD,
+        weight_VD,
+        targets_T,
+        temperature=temperature,
+        mask_T=mask_T,
+        valid_rows=valid_rows,
+        entropy=entropy,
+    )
+    return combine_partials(partials)
+
+
+def linear_cross_entropy(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    *,
+    mask_T: Tensor | None = None,
+    valid_rows: int | None = None,
+) -> Tensor:
+    """Cross-entropy of each token in nats, [T] fp32, 0 where masked: what SFT and pre-training minimise.
+
+    Memory: O(T + V D), never [T, V].  Arguments and errors as in ``linear_logprob_partials``.
+    """
+    logprob, _ = linear_logprob(hidden_TD, weight_VD, targets_T, mask_T=mask_T, valid_rows=valid_rows, entropy=False)
+    return -logprob
+
+
+def linear_logprob_partials(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask_T: Tensor | None = None,
+    vocab_start: int = 0,
+    valid_rows: int | None = None,
+    entropy: bool = True,
+) -> Partials:
+    """One vocabulary shard's share of log-probability and entropy.
+
+    Args:
+        hidden_TD: [T, D] fp16, bf16, fp32 (CPU also fp64); any row stride.
+        weight_VD: [V, D] this shard's rows of the output matrix, any of those dtypes.  Products are of operands in
+            hidden's dtype (on CPU: of both in fp32), summed in fp32.
+        targets_T: [T] int64, ids over the whole vocabulary.
+        temperature: logits are divided by it; > 0.
+        mask_T: [T] bool; False: the token is ignored (all three partials 0, no gradient, and its target may be
+            anything).  None: no token is.
+        vocab_start: the id of the shard's first row.
+        valid_rows: rows of the shard that are real; the rest is padding with probability 0.  None: all.
+        entropy: whether ``mean`` is computed.
+
+    Returns:
+        Partials, [T] fp32 each.  Gradients flow to hidden_TD and weight_VD.  Over ranks hidden's gradient is a
+        partial sum: the caller all-reduces it (its copy-to-tensor-parallel region does).
+
+    Raises:
+        ValueError: shapes, dtypes, devices, a temperature or valid_rows that do not fit.
+    """
+    _check(hidden_TD, weight_VD, targets_T, temperature, mask_T)
+    rows = weight_VD.shape[0]
+    valid = rows if valid_rows is None else valid_rows
+    checks.require(0 <= valid <= rows, f"valid_rows must be 0 .. {rows}, got {valid}")
+    backend = dispatch.backend_of(hidden_TD)
+    parts = _partials(hidden_TD, weight_VD, targets_T, mask_T, vocab_start, valid, float(temperature), entropy, backend)
+    return Partials(*parts)
+
+
+def combine_partials(
+    partials: Partials,
+    all_reduce_max: Callable[[Tensor], Tensor] | None = None,
+    all_reduce_sum: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy, [T], from every shard's partials: two all-reduces.
+
+    Args:
+        partials: this rank's.
+        all_reduce_max: element-wise maximum over the tensor-parallel group of a [T] tensor without gradient.
+        all_reduce_sum: sum over the group of a [3, T] tensor; differentiable, with the identity as its backward pass
+            (every rank computes the same loss).  None for both: one shard.
+
+    Returns:
+        logprob <= 0 and entropy >= 0 in nats, the same on every rank.
+
+    With lse = log sum_i exp lse_i and w_i = exp(lse_i - lse): logprob = sum_i target_i - lse,
+    entropy = lse - sum_i w_i mean_i.
+    """
+    lse, target, mean = partials
+    if all_reduce_max is not None and all_reduce_sum is not None:
+        highest = all_reduce_max(lse.detach())
+        share = torch.exp(lse - highest)
+        total, weighted, target = all_reduce_sum(torch.stack((share, share * mean, target))).unbind(0)
+        lse = highest + torch.log(total)
+        mean = weighted / total
+    # A sum of rounded terms can step over the bound by an ulp; the gradient passes unchanged.
+    logprob = target - lse
+    logprob = logprob - logprob.detach().clamp(min=0.0)
+    entropy = lse - mean
+    entropy = entropy - entropy.detach().clamp(max=0.0)
+    return logprob, entropy
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, mask: Tensor | None) -> None:
+    checks.require_float(hidden_TD=hidden, weight_VD=weight)
+    checks.require_integer(targets_T=targets)
+    checks.require_same_device(hidden=hidden, weight=weight, targets=targets, mask=mask)
+    checks.require_shape(hidden, (None, None), "hidden_TD")
+    checks.require_shape(weight, (None, hidden.shape[1]), "weight_VD")
+    checks.require_shape(targets, (hidden.shape[0],), "targets_T")
+    checks.require(temperature > 0, f"temperature must be > 0, got {temperature}")
+    if mask is not None:
+        checks.require_shape(mask, (hidden.shape[0],), "mask_T")
+        checks.require(mask.dtype == torch.bool, f"mask_T must be bool, got {mask.dtype}")
+
+
+@torch.library.custom_op("zj::linear_logprob", mutates_args=())
+def _partials(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    vocab_start: int,
+    valid_rows: int,
+    temperature: float,
+    entropy: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    form = dispatch.triton_form("linear_logprob") if backend == "triton" else reference
+    return form.forward(hidden, weight, targets, mask, vocab_start, valid_rows, temperature, entropy)
+
+
+@torch.library.custom_op("zj::linear_logprob_backward", mutates_args=())
+def _partials_backward(
+    dlse: Tensor,
+    dtarget: Tensor,
+    dmean: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    lse: Tensor,
+    mean: Tensor,
+    vocab_start: int,
+    valid_rows: int,
+    temperature: float,
+    entropy: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    form = dispatch.triton_form("linear_logprob") if backend == "triton" else reference
+    return form.backward(
+        dlse, dtarget, dmean, hidden, weight, targets, mask, lse, mean, vocab_start, valid_rows, temperature, entropy
+    )
+
+
+@_partials.register_fake
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return tuple(hidden.new_empty((hidden.shape[0],), dtype=dtype) for _ in range(3))  # type: ignore[return-value]
+
+
+@_partials_backward.register_fake
+def _(
+    dlse: Tensor, dtarget: Tensor, dmean: Tensor, hidden: Tensor, weight: Tensor, *args: Any
+) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, targets, mask, *settings = inputs
+    ctx.save_for_backward(hidden, weight, targets, mask, output[0], output[2])
+    ctx.settings = settings
+
+
+def _gradients(ctx: Any, dlse: Tensor, dtarget: Tensor, dmean: Tensor) -> tuple[Any, ...]:
+    grads = (grad.contiguous() for grad in (dlse, dtarget, dmean))
+    dhidden, dweight = _partials_backward(*grads, *ctx.saved_tensors, *ctx.settings)
+    return dhidden, dweight, *[None] * 7
+
+
+_partials.register_autograd(_gradients, setup_context=_save)

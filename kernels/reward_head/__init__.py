@@ -1,0 +1,98 @@
+"""A score for each sequence, and the loss that learns it from ranked lists."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kernels import checks
+from kernels.reward_head import reference
+
+
+class RankingTerms(NamedTuple):
+    """[R] each; a row speaks for the pairs in which it is the better one."""
+
+    loss: Tensor  # fp32; the sum over the rows is the batch's loss, summed over groups
+    pairs: Tensor  # int64: pairs in which the row is the better one
+    correct: Tensor  # int64: those in which its score is higher too
+
+
+def reward_head(
+    hidden_TD: Tensor,
+    last_R: Tensor,
+    weight_D: Tensor,
+    bias_1: Tensor | None = None,
+    *,
+    norm_weight_D: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """weight . norm(hidden[last]) + bias: one score a sequence.
+
+    Args:
+        hidden_TD: [T, D] packed hidden states, fp16, bf16, fp32 (CPU also fp64).
+        last_R: [R] int64: where each row's last token is in T; -1: not here (another context-parallel rank has it),
+            the score is then 0 and carries no gradient, so that a sum over the ranks is the score.
+            Two rows must not name one token.
+        weight_D: [D] or [1, D].
+        bias_1: [1]; None: no bias.
+        norm_weight_D: [D]: an RMSNorm before the dot product; None: hidden is normalised already.
+        eps: of that norm.
+
+    Returns:
+        [R] fp32.  Gradients flow to hidden_TD, weight_D, bias_1 and norm_weight_D.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together.
+    """
+    checks.require_float(hidden_TD=hidden_TD, weight_D=weight_D, bias_1=bias_1, norm_weight_D=norm_weight_D)
+    checks.require_integer(last_R=last_R)
+    checks.require_same_device(hidden=hidden_TD, last=last_R, weight=weight_D, bias=bias_1, norm_weight=norm_weight_D)
+    checks.require_shape(hidden_TD, (None, None), "hidden_TD")
+    checks.require_shape(last_R, (None,), "last_R")
+    checks.require(weight_D.numel() == hidden_TD.shape[1], f"weight_D must hold {hidden_TD.shape[1]} numbers")
+    if bias_1 is not None:
+        checks.require_shape(bias_1, (1,), "bias_1")
+    if norm_weight_D is not None:
+        checks.require_shape(norm_weight_D, (hidden_TD.shape[1],), "norm_weight_D")
+    return reference.scores(hidden_TD, last_R, weight_D.reshape(-1), bias_1, norm_weight_D, eps)
+
+
+def ranking_loss(
+    scores_R: Tensor,
+    groups_R: Tensor,
+    ranks_R: Tensor,
+    *,
+    margin: float = 0.0,
+    centering: float = 0.0,
+    mean_of_pairs: bool = True,
+) -> RankingTerms:
+    """All-pairs logistic loss over ranked lists of any sizes (Ouyang et al. 2022, eq. 1).
+
+    For rows i, j of one group with rank_i < rank_j:
+    loss_ij = softplus(margin (rank_j - rank_i) - (score_i - score_j)) = -log sigmoid(score_i - score_j - margin ...).
+    Rows of equal rank form no pair.
+
+    Args:
+        scores_R: [R] float.
+        groups_R: [R] int: rows with one number are one list; the rows need not be neighbours.
+        ranks_R: [R] int: 0 is best, ties are equal numbers.
+        margin: by how much (in score) a rank step is asked to be won.
+        centering: adds centering x (mean score of the group)^2 for each group (Eisenstein et al. 2023), spread
+            evenly over its rows; keeps scores near 0.
+        mean_of_pairs: each group's pair losses are divided by its number of pairs, as in the paper; False: summed.
+
+    Returns:
+        RankingTerms.  Gradients flow to scores_R through ``loss``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or a negative margin or centering.
+    """
+    checks.require_float(scores_R=scores_R)
+    checks.require_integer(groups_R=groups_R, ranks_R=ranks_R)
+    checks.require_same_device(scores=scores_R, groups=groups_R, ranks=ranks_R)
+    checks.require_shape(scores_R, (None,), "scores_R")
+    checks.require_shape(groups_R, scores_R.shape, "groups_R")
+    checks.require_shape(ranks_R, scores_R.shape, "ranks_R")
+    checks.require(margin >= 0 and centering >= 0, f"margin and centering must be >= 0, got {margin}, {centering}")
+    return RankingTerms(*reference.ranking(scores_R, groups_R, ranks_R, margin, centering, mean_of_pairs))

@@ -1,0 +1,31 @@
+"""The value head and the clipped value loss in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def values(hidden_TD: Tensor, weight_D: Tensor, bias_1: Tensor | None) -> Tensor:
+    """[T] fp32 (fp64 for fp64): hidden . weight + bias."""
+    wide = torch.promote_types(hidden_TD.dtype, torch.float32)
+    found_T = hidden_TD.to(wide) @ weight_D.to(wide)
+    return found_T if bias_1 is None else found_T + bias_1.to(wide)
+
+
+def loss(
+    values_T: Tensor, old_values_T: Tensor, returns_T: Tensor, clip: float | None, mask_T: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Loss of each token, and whether the clipped form was the larger one."""
+    plain_T = (values_T - returns_T).square()
+    if clip is None:
+        larger_T, clipped_T = plain_T, torch.zeros_like(plain_T, dtype=torch.bool)
+    else:
+        near_T = old_values_T + (values_T - old_values_T).clamp(-clip, clip)
+        other_T = (near_T - returns_T).square()
+        clipped_T = other_T > plain_T
+        larger_T = torch.where(clipped_T, other_T, plain_T)
+    half_T = 0.5 * larger_T
+    if mask_T is None:
+        return half_T, clipped_T
+    return torch.where(mask_T, half_T, torch.zeros_like(half_T)), clipped_T & mask_T
