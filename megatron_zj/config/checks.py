@@ -159,7 +159,7 @@ def _model_split(config: RunConfig, blocks: list[Block]) -> Iterator[Finding]:
         tp, stages = block.parallel.tp, block.parallel.pp * block.parallel.vpp
         sizes = {
             "num_attention_heads": model.num_attention_heads,
-            "num_query_groups": model.kv_heads,
+            **({} if model.kv_heads == model.num_attention_heads else {"num_query_groups": model.kv_heads}),
             "ffn_hidden_size": model.ffn_hidden_size,
             "vocab_multiple": model.vocab_multiple,
         }

@@ -1,0 +1,119 @@
+"""``zj check``: is this configuration one that can run?  Needs no GPU and starts nothing."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_zj.cli.compose import compose_run, frozen_text, load_frozen
+from megatron_zj.cli.main import entry
+from megatron_zj.config.algorithm import PPOConfig
+from megatron_zj.config.checks import Finding, check, missing_inputs
+from megatron_zj.config.data import CorpusConfig
+from megatron_zj.config.derived import Block, longest_row, optimizer_steps, placements, rows_per_update
+from megatron_zj.config.run import RunConfig
+from megatron_zj.parallel.grid import AXES, RankGrid
+
+_MAX_GROUPS = 4  # groups of an axis that are written out
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print what the run would be and what is wrong with it.  Returns 0 when nothing is."""
+    parser = argparse.ArgumentParser(prog="zj check", description="Validate a configuration without running it.")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="experiment=zhongjing/pretrain world_size=64")
+    parser.add_argument("--config", type=Path, help="a resolved configuration file instead of overrides")
+    parser.add_argument("--no-files", action="store_true", help="do not look for input files")
+    parser.add_argument("--elsewhere", action="store_true", help="for another machine: no look at files and packages")
+    parser.add_argument("--show", action="store_true", help="print the resolved configuration too")
+    options = parser.parse_intermixed_args(argv)
+    if options.config is not None and options.overrides:
+        parser.error("give either --config or key=value overrides")
+    config = load_frozen(options.config) if options.config is not None else compose_run(options.overrides)
+    if options.show:
+        sys.stdout.write(frozen_text(config) + "\n")
+    findings = check(config, files=not (options.no_files or options.elsewhere), here=not options.elsewhere)
+    errors = [finding for finding in findings if finding.level == "error"]
+    sys.stdout.write(describe(config))
+    sys.stdout.write(_findings(findings, missing_inputs(config)))
+    sys.stdout.write(f"{len(errors)} error{'s' if len(errors) != 1 else ''}\n" if errors else "ok\n")
+    return 1 if errors else 0
+
+
+def describe(config: RunConfig) -> str:
+    """The run in a few lines: what is learned, the grid, the arithmetic of a step, memory a rank."""
+    model, algorithm = config.model, config.algorithm
+    grouped = "" if model.kv_heads == model.num_attention_heads else f" ({model.kv_heads} key/value)"
+    shape = (
+        f"{model.num_layers} layers x {model.hidden_size}, {model.num_attention_heads} heads"
+        f"{grouped}, {model.padded_vocab_size:,} vocabulary rows ({model.vocab_size:,} used)"
+    )
+    lines = [
+        f"run        {algorithm.kind} on {config.data.kind}, {config.run.num_steps:,} steps "
+        f"({optimizer_steps(config):,} optimizer steps a model), seed {config.run.seed}, in {config.run.dir}",
+        f"model      {model.preset or 'custom'}: {shape}, {config.engine.precision}",
+    ]
+    blocks = placements(config)
+    if all(block.dp >= 1 and block.num_ranks % block.parallel.model_size == 0 for block in blocks):
+        for block in blocks:
+            lines += [*_grid(block), *_batch(config, block)]
+    return "\n".join(lines) + "\n"
+
+
+def _grid(block: Block) -> list[str]:
+    grid = RankGrid.from_config(block.parallel, block.first_rank, block.num_ranks)
+    sizes = " x ".join(f"{axis} {grid.sizes[axis]}" for axis in AXES)
+    vpp = f", {block.parallel.vpp} chunks a stage" if block.parallel.vpp > 1 else ""
+    sequence = ", sequence parallel" if block.parallel.sequence_parallel else ""
+    lines = [
+        f"placement  {block.name}: ranks {block.first_rank}-{block.first_rank + block.num_ranks - 1} = {sizes}"
+        f"{vpp}{sequence}; holds {', '.join(block.roles)}"
+    ]
+    for axis in reversed(AXES):
+        if grid.sizes[axis] > 1:
+            groups = grid.groups(axis)
+            shown = " ".join(_ranks(group) for group in groups[:_MAX_GROUPS])
+            more = f" ... ({len(groups)} groups)" if len(groups) > _MAX_GROUPS else ""
+            lines.append(f"  {axis:<8} {shown}{more}")
+    return lines
+
+
+def _ranks(group: tuple[int, ...]) -> str:
+    """``[0-3]``, ``[0,4,..,60]``."""
+    if len(group) > 2 and group == tuple(range(group[0], group[-1] + 1)):
+        return f"[{group[0]}-{group[-1]}]"
+    if len(group) > 4:
+        return f"[{group[0]},{group[1]},..,{group[-1]}]"
+    return f"[{','.join(str(rank) for rank in group)}]"
+
+
+def _batch(config: RunConfig, block: Block) -> list[str]:
+    key, units = rows_per_update(config)
+    longest = longest_row(config)
+    what = {"pretrain": "rows", "sft": "dialogues", "reward": "ranked prompts", "ppo": "samples"}[config.algorithm.kind]
+    exactly = "" if isinstance(config.data, CorpusConfig) else "at most "
+    share = f"{units / block.dp:g}" if units % block.dp else f"{units // block.dp}"
+    tokens = "" if config.algorithm.kind == "reward" else f", {exactly}{units * longest:,} tokens"
+    lines = [
+        f"  step     {key} = {units} {what} over dp {block.dp} = {share} a rank{tokens}; a row is {exactly}{longest} "
+        f"tokens, a micro-batch {config.engine.micro_batch_tokens:,}"
+    ]
+    if isinstance(config.algorithm, PPOConfig):
+        rows = config.algorithm.prompts_per_step * config.algorithm.samples_per_prompt
+        lines.append(
+            f"  rollout  {config.algorithm.prompts_per_step} prompts x {config.algorithm.samples_per_prompt} = {rows} "
+            f"samples, {config.algorithm.epochs} x {rows // config.algorithm.minibatch_size} updates"
+        )
+    return lines
+
+
+def _findings(findings: Sequence[Finding], missing: Sequence[Finding]) -> str:
+    lines = [f"note       {finding}" for finding in findings if finding.level == "note"]
+    lines += [f"to give    {finding}" for finding in missing]
+    lines += [f"ERROR      {finding}" for finding in findings if finding.level == "error"]
+    return "".join(f"{line}\n" for line in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(entry("check", sys.argv[1:]))
