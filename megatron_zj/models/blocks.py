@@ -1,0 +1,198 @@
+"""The layer: megatron-core's parallel linears, our attention, norm, activation and residual path around them.
+
+Legend: T slots of this context-parallel rank, H query heads and G key/value heads of this tensor-parallel rank,
+E head size, D hidden size, F SwiGLU width of this rank.  Hidden states are [T (/ tp under SP), 1, D].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput, checkpoint
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+from kernels.attention import attention
+from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rope import rope
+from kernels.swiglu import swiglu
+from megatron_zj.models.packed import PackedLayout
+from megatron_zj.models.transformer_config import LlamaConfig
+
+
+class RmsNorm(nn.Module):
+    """Root-mean-square norm (Zhang and Sennrich 2019, arXiv:1910.07467) through ``kernels.rms_norm``."""
+
+    def __init__(self, config: LlamaConfig, hidden_size: int, eps: float, **unused: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
+        # Under SP each rank sees part of the tokens: megatron-core sums such gradients over tp.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """Normalised over the last dim, same shape and dtype; with a residual (x + residual normalised, the sum)."""
+        with self.config.kernel_backend():
+            if residual is None:
+                return rms_norm(x, self.weight, self.eps)
+            return add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class DeferredRmsNorm(RmsNorm):
+    """The final norm of a model whose head applies it by itself, to the few tokens it reads."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """``x`` as it is."""
+        return x
+
+
+class Swiglu(nn.Module):
+    """silu(gate) * up of linear_fc1's output [.., 2 F] (gate first), through ``kernels.swiglu``."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., F]."""
+        with self.config.kernel_backend():
+            return swiglu(x)
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Nothing to save; megatron-core's MLP asks each of its modules."""
+        return {}
+
+
+class PackedAttention(MegatronModule):
+    """Causal attention inside each sequence of a pack; with context parallelism over keys gathered from all ranks."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        *,
+        pg_collection: ProcessGroupCollection,
+        **unused: Any,
+    ) -> None:
+        super().__init__(config)
+        self.layer = layer_number - 1  # from 0, over the whole model
+        self.cp_group = pg_collection.cp
+        self.tp_group = pg_collection.tp  # sharded_state_dict looks for it
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: PackedLayout,
+        **unused: Any,
+    ) -> Tensor:
+        """[T, H, E], [T, G, E], [T, G, E] -> [T, H * E]."""
+        pack = packed_seq_params
+        if pack.cache is not None:
+            out_THE = pack.cache.attend(self.layer, query, key, value)
+        else:
+            with self.config.kernel_backend():
+                out_THE = self._attend(query, key, value, pack)
+        return out_THE.reshape(out_THE.shape[0], -1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, pack: PackedLayout) -> Tensor:
+        if pack.context is None:
+            return attention(query, key, value, pack.cu_seqlens_q, cu_seqlens_q_list=pack.ends)[0]
+        groups = key.shape[1]
+        # The backward pass of this gather sums over the ranks and keeps the own slice.
+        both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=1), group=self.cp_group)
+        both_SGE = both.index_select(0, pack.context.gathered_S)
+        return attention(
+            query,
+            both_SGE[:, :groups],
+            both_SGE[:, groups:],
+            pack.context.cu_queries,
+            pack.cu_seqlens_kv,
+            q_slots=pack.context.slots_T,
+            cu_seqlens_q_list=pack.context.queries,
+            cu_seqlens_k_list=pack.ends,
+        )[0]
+
+
+class LlamaAttention(SelfAttention):
+    """Self-attention whose rotary embedding goes by each token's position and never synchronises with the host."""
+
+    def forward(self, hidden_states: Tensor, pack: PackedLayout) -> Tensor:  # type: ignore[override]
+        """[T (/ tp), 1, D] -> the same, the residual not added."""
+        fused, _ = self.linear_qkv(hidden_states)
+        slots, groups, size = fused.shape[0], self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        share = self.num_attention_heads_per_partition // groups
+        # linear_qkv's rows: for each key/value head its query heads, its key, its value.
+        query, key, value = torch.split(fused.view(slots, groups, share + 2, size), [share, 1, 1], dim=2)
+        with self.config.kernel_backend():
+            query = rope(query.reshape(slots, -1, size), pack.cos_PE, pack.sin_PE, pack.positions)
+            key = rope(key.squeeze(2), pack.cos_PE, pack.sin_PE, pack.positions)
+        value = value.squeeze(2)
+        if self.checkpoint_core_attention and self.training:
+            out = checkpoint(self._core(pack), False, query, key, value)
+        else:
+            out = self._core(pack)(query, key, value)
+        output, _ = self.linear_proj(out.view(slots, 1, -1))
+        return output
+
+    def _core(self, pack: PackedLayout) -> Any:
+        def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return self.core_attention(
+                query, key, value, None, attn_mask_type=self.attn_mask_type, packed_seq_params=pack
+            )
+
+        return run
+
+
+class LlamaLayer(TransformerLayer):
+    """Pre-norm residual layer without the branches a LLaMA never takes."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, packed_seq_params: PackedLayout, **unused: Any
+    ) -> tuple[Tensor, None]:
+        """[T (/ tp), 1, D] -> the same; the second item is megatron-core's cross-attention context, always None."""
+        normed, norm = self._normed(self.input_layernorm, self.recompute_input_layernorm, hidden_states)
+        out = self.self_attention(normed, packed_seq_params)
+        if norm is not None:
+            norm.discard_output_and_register_recompute(out)
+        out = self._dropped(out)
+
+        norm = None
+        if isinstance(self.pre_mlp_layernorm, RmsNorm) and not self.recompute_pre_mlp_layernorm:
+            normed, hidden_states = self.pre_mlp_layernorm(out, hidden_states)
+        else:
+            hidden_states = hidden_states + out
+            normed, norm = self._normed(self.pre_mlp_layernorm, self.recompute_pre_mlp_layernorm, hidden_states)
+        out = checkpoint(self._mlp, False, normed) if self.recompute_mlp and self.training else self._mlp(normed)
+        if norm is not None:
+            norm.discard_output_and_register_recompute(out)
+        return hidden_states + self._dropped(out), None
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        return self.mlp(x)[0]
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.hidden_dropout, self.training) if self.hidden_dropout > 0.0 else x
+
+    def _normed(self, norm: nn.Module, recompute: bool, x: Tensor) -> tuple[Tensor, CheckpointWithoutOutput | None]:
+        """The norm of ``x``; with ``recompute`` also the object that drops it and computes it again.
+
+        ``fp8=None`` is said aloud because megatron-core takes its own default, False, for "with FP8", and then fails
+        where Transformer Engine is missing.
+        """
+        if not recompute or not self.training or not torch.is_grad_enabled():
+            return norm(x), None
+        kept = CheckpointWithoutOutput(fp8=True if self.config.fp8 else None)
+        return kept.checkpoint(norm, x), kept
