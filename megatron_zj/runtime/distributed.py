@@ -1,0 +1,227 @@
+"""The process: its rank, device, threads and default group.  The only reader of environment variables.
+
+Started by torchrun (or anything that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT), or alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from megatron_zj.runtime.activity import Activity, Heartbeat
+
+_COLLECTIVE_FAILURE = re.compile(
+    r"gloo|nccl|connection (closed|reset)|timed out waiting|process group|watchdog|broken pipe", re.IGNORECASE
+)
+
+
+class StartError(RuntimeError):
+    """The process cannot take its place in the run; the message says what to change."""
+
+
+class RankLostError(RuntimeError):
+    """Another rank died, hung or failed; the message names it and what it was doing."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process's place in the run."""
+
+    rank: int
+    local_rank: int  # on this node
+    world_size: int
+    device: torch.device
+    activity: Activity = field(default_factory=Activity)  # what this rank is doing; Timers and callers keep it
+
+
+@contextlib.contextmanager
+def session(device: Literal["auto", "cpu", "cuda"], timeout_seconds: int) -> Iterator[Process]:
+    """A whole run: ``start``, the heartbeat, ``stop``.
+
+    An error of this rank leaves unchanged, after the other ranks have been told.  An error that is another rank's
+    (a collective failed because a member was lost) leaves as RankLostError, which names that rank and its phase.
+    """
+    store, place = _rendezvous(timeout_seconds)
+    process = _join(store, place, device, timeout_seconds)
+    own_connection: Store = store.clone()  # type: ignore[attr-defined]
+    heartbeat = Heartbeat(
+        PrefixStore("activity", own_connection), process.rank, process.world_size, process.activity, timeout_seconds
+    )
+    if process.world_size > 1:
+        heartbeat.start()
+    try:
+        yield process
+    except BaseException as error:
+        if process.world_size == 1:
+            stop()
+            raise
+        if not _is_collective_failure(error):
+            heartbeat.close("failed", _one_line(error))
+            raise
+        if not heartbeat.claim_report():
+            raise
+        text, aloud = heartbeat.explain()
+        heartbeat.close("left")
+        reason = f"{text}. This rank ({process.rank}) was in phase {str(process.activity)!r}: {_one_line(error)}"
+        raise RankLostError(reason if aloud else f"rank {process.rank} leaves: another rank was lost") from error
+    if process.world_size > 1:
+        heartbeat.close("finished")
+        dist.barrier()  # the rank that hosts the store leaves last
+    stop()
+
+
+def start(device: Literal["auto", "cpu", "cuda"], timeout_seconds: int) -> Process:
+    """Join the run: default group (gloo on CPU, NCCL for CUDA tensors), device, threads, reproducible arithmetic.
+
+    ``timeout_seconds``: how long a collective of the default group waits.  Raises StartError.
+    """
+    store, place = _rendezvous(timeout_seconds)
+    return _join(store, place, device, timeout_seconds)
+
+
+def stop() -> None:
+    """Leave the default group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def hide_gpus() -> None:
+    """Make this process see no GPU.  Only before anything asks for CUDA (``megatron_zj.parallel`` does at import)."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def world_size_of_environment() -> int:
+    """How many ranks the launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@dataclass(frozen=True)
+class _Place:
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int  # ranks on this node
+
+
+def _place() -> _Place:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        return _Place(rank=0, local_rank=0, world_size=1, local_world_size=1)
+    if missing:
+        raise StartError(f"the launcher set RANK or WORLD_SIZE but not {', '.join(missing)}; start with torchrun")
+    world_size = int(os.environ["WORLD_SIZE"])
+    return _Place(
+        rank=int(os.environ["RANK"]),
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        world_size=world_size,
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+    )
+
+
+def _rendezvous(timeout_seconds: int) -> tuple[Store, _Place]:
+    place = _place()
+    if "RANK" not in os.environ:
+        return dist.HashStore(), place  # type: ignore[attr-defined]
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
+    except dist.DistError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise StartError(
+            f"rank {place.rank} found no store at {address} within {timeout_seconds} s; check that rank 0's node runs, "
+            f"that its name resolves here and that the port is open ({_one_line(error)})"
+        ) from error
+    return store, place
+
+
+def _join(store: Store, place: _Place, device: str, timeout_seconds: int) -> Process:
+    torch_device = _device(device, place)
+    torch.set_num_threads(_num_threads(place.local_world_size))
+    _reproducible(torch_device)
+    timeout = timedelta(seconds=timeout_seconds)
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch_device.type == "cuda" else "gloo",
+            store=PrefixStore("default", store),
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timeout,
+            device_id=torch_device if torch_device.type == "cuda" else None,
+        )
+    except RuntimeError as error:
+        raise StartError(
+            f"rank {place.rank} of {place.world_size} could not meet the other ranks within {timeout_seconds} s: one "
+            f"of them did not start, or the network interface is wrong (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME): "
+            f"{_one_line(error)}"
+        ) from error
+    return Process(place.rank, place.local_rank, place.world_size, torch_device)
+
+
+def _device(device: str, place: _Place) -> torch.device:
+    if device == "cpu":
+        if torch.cuda.is_available():
+            raise StartError(
+                "run.device=cpu on a machine with a GPU: megatron-core takes any GPU it sees. Hide it before the "
+                "start: CUDA_VISIBLE_DEVICES= torchrun ..."
+            )
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        if device == "cuda":
+            raise StartError(
+                "run.device=cuda, but torch sees no usable GPU. Check `nvidia-smi`, CUDA_VISIBLE_DEVICES and that "
+                f"torch is a CUDA build (this one is {torch.__version__}), or set run.device=cpu"
+            )
+        return torch.device("cpu")
+    num_gpus = torch.cuda.device_count()
+    if place.local_rank >= num_gpus:
+        raise StartError(
+            f"local rank {place.local_rank} needs GPU {place.local_rank}, this node shows {num_gpus}: start at most "
+            f"{num_gpus} ranks a node (torchrun --nproc-per-node {num_gpus}) or widen CUDA_VISIBLE_DEVICES"
+        )
+    torch.cuda.set_device(place.local_rank)
+    return torch.device("cuda", place.local_rank)
+
+
+def _num_threads(local_world_size: int) -> int:
+    """The node's cores shared out.  torchrun sets OMP_NUM_THREADS=1 unasked, so that value alone means nothing."""
+    asked = os.environ.get("OMP_NUM_THREADS", "1")
+    if asked.isdigit() and int(asked) > 1:
+        return int(asked)
+    return max(1, len(os.sched_getaffinity(0)) // local_world_size)
+
+
+def _reproducible(device: torch.device) -> None:
+    """The same run twice gives the same bits: no TF32, no autotuned choice, deterministic kernels where they exist."""
+    torch.set_float32_matmul_precision("highest")
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it to be deterministic
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a pass over every torch.empty
+
+
+def _is_collective_failure(error: BaseException) -> bool:
+    """Whether the error, or one it came from, is a collective that lost a member."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, dist.DistError):
+            return True
+        if isinstance(seen, RuntimeError) and _COLLECTIVE_FAILURE.search(str(seen)):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0][:300]}"

@@ -1,0 +1,216 @@
+"""A run ends with the name of the lost rank and of its phase, however the rank was lost."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_zj.runtime import activity, distributed
+from megatron_zj.runtime.distributed import Process, RankLostError, StartError, session
+
+_FORK = multiprocessing.get_context("fork")
+_TIMEOUT = 3  # seconds, of the process groups
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _rank_main(rank: int, port: int, world_size: int, folder: Path, body: Callable[[Process], None]) -> None:
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ.update({name: str(value) for name, value in place.items()})
+    sys.stderr = (folder / f"stderr-{rank}").open("w")
+    try:
+        with session("cpu", _TIMEOUT) as process:
+            body(process)
+    except RankLostError as error:
+        (folder / f"lost-{rank}").write_text(str(error))
+        os._exit(3)
+    except ValueError:
+        os._exit(4)
+    os._exit(0)
+
+
+def _run(world_size: int, folder: Path, body: Callable[[Process], None], seconds: float = 20) -> list[int | None]:
+    """Exit codes; None for a rank that did not end in time."""
+    port = _free_port()
+    ranks = [
+        _FORK.Process(target=_rank_main, args=(rank, port, world_size, folder, body)) for rank in range(world_size)
+    ]
+    for rank in ranks:
+        rank.start()
+    deadline = time.monotonic() + seconds
+    for rank in ranks:
+        rank.join(max(0.0, deadline - time.monotonic()))
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+        rank.join()
+    return codes
+
+
+@pytest.fixture(autouse=True)
+def _quick_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activity, "BEAT_SECONDS", 0.2)
+    monkeypatch.setattr(activity, "SILENCE_SECONDS", 0.9)
+    monkeypatch.setattr(activity, "EXIT_GRACE_SECONDS", 1.0)
+
+
+def _one_lost(bad: int, how: str) -> Callable[[Process], None]:
+    def body(process: Process) -> None:
+        dist.barrier()
+        with process.activity.doing("step 3"), process.activity.doing("critic.update"):
+            if process.rank == bad:
+                time.sleep(0.3)
+                if how == "raise":
+                    raise ValueError("planted\nsecond line")
+                os.kill(os.getpid(), signal.SIGSTOP if how == "hang" else signal.SIGKILL)
+        with process.activity.doing("gather"):
+            dist.barrier()
+
+    return body
+
+
+@pytest.mark.parametrize(
+    ("bad", "how", "own_code", "words"),
+    [
+        (1, "kill", -signal.SIGKILL, "last heard in phase 'step 3 > critic.update'"),
+        (1, "raise", 4, "failed with ValueError: planted in phase 'step 3 > critic.update'"),
+        (1, "hang", None, "last heard in phase 'step 3 > critic.update'"),
+        (0, "kill", -signal.SIGKILL, "last heard in phase 'step 3 > critic.update'"),  # the rank with the store
+    ],
+)
+def test_the_others_end_and_name_the_lost_rank_and_its_phase(
+    tmp_path: Path, bad: int, how: str, own_code: int | None, words: str
+) -> None:
+    codes = _run(3, tmp_path, _one_lost(bad, how), seconds=_TIMEOUT + 4)
+    assert codes[bad] == own_code
+    others = [rank for rank in range(3) if rank != bad]
+    assert [codes[rank] for rank in others] == [3, 3]
+    said = (tmp_path / f"lost-{others[0]}").read_text()
+    assert f"rank {bad} (" in said
+    assert words in said
+    assert f"This rank ({others[0]}) was in phase 'gather'" in said
+    if bad != 0:  # with the store gone no one can tell who else lives: then each rank speaks
+        assert (tmp_path / f"lost-{others[1]}").read_text() == f"rank {others[1]} leaves: another rank was lost"
+
+
+def _stuck(process: Process) -> None:
+    """Rank 0 waits in a collective rank 1 never joins, and is told to stop."""
+    dist.barrier()
+    if process.rank == 1:
+        with process.activity.doing("slow work"):
+            time.sleep(30)
+    with process.activity.doing("barrier"):
+        child = os.fork()
+        if child == 0:  # stands for the launcher
+            time.sleep(0.5)
+            os.kill(os.getppid(), signal.SIGTERM)
+            os._exit(0)
+        dist.barrier()
+
+
+def test_a_rank_told_to_stop_inside_a_collective_stops_at_once_and_says_where_all_are(tmp_path: Path) -> None:
+    start = time.monotonic()
+    codes = _run(2, tmp_path, _stuck, seconds=2.9)
+    assert codes[0] == 128 + signal.SIGTERM
+    said = (tmp_path / "stderr-0").read_text()
+    assert "rank 0: told to stop (SIGTERM) while in 'barrier'" in said
+    assert "rank 1" in said
+    assert "'slow work'" in said
+    assert time.monotonic() - start < _TIMEOUT + 2
+
+
+def _fork_a_child_and_stop_it(process: Process) -> None:
+    child = os.fork()
+    if child == 0:
+        time.sleep(30)
+    os.kill(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    time.sleep(0.5)
+    dist.barrier()
+
+
+def test_stopping_a_forked_child_does_not_stop_its_rank(tmp_path: Path) -> None:
+    assert _run(2, tmp_path, _fork_a_child_and_stop_it) == [0, 0]
+
+
+def _good(process: Process) -> None:
+    total = torch.tensor(process.rank + 1)
+    dist.all_reduce(total)
+    if total.item() != 3 or process.device != torch.device("cpu"):
+        raise ValueError(f"{total} on {process.device}")
+    if torch.get_num_threads() != max(1, len(os.sched_getaffinity(0)) // 2):
+        raise ValueError(f"{torch.get_num_threads()} threads")
+
+
+def test_a_good_run_shares_the_cores_and_ends_with_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # what torchrun sets by itself
+    assert _run(2, tmp_path, _good) == [0, 0]
+
+
+def test_without_a_launcher_the_run_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    threads = torch.get_num_threads()
+    try:
+        with session("cpu", 5) as process:
+            assert (process.rank, process.world_size, dist.get_world_size()) == (0, 1, 1)
+        assert not dist.is_initialized()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_half_a_launcher_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(StartError, match="LOCAL_RANK, MASTER_ADDR, MASTER_PORT; start with torchrun"):
+        distributed.start("cpu", 5)
+
+
+def test_a_store_that_is_not_there_is_named_within_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**place, "MASTER_PORT": str(_free_port())}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StartError, match=r"rank 1 found no store at 127.0.0.1:\d+ within 1 s"):
+        distributed.start("cpu", 1)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "local_rank", "message"),
+    [
+        ("cuda", 0, 0, "sees no usable GPU"),
+        ("cpu", 1, 0, "CUDA_VISIBLE_DEVICES= torchrun"),
+        ("auto", 2, 2, "local rank 2 needs GPU 2, this node shows 2"),
+    ],
+)
+def test_a_device_that_cannot_be_had_is_explained(
+    monkeypatch: pytest.MonkeyPatch, device: str, gpus: int, local_rank: int, message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": str(local_rank)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(_free_port()))
+    with pytest.raises(StartError, match=message):
+        distributed.start(device, 5)  # type: ignore[arg-type]
+    assert not dist.is_initialized()
