@@ -69,10 +69,7 @@ def build_run(config: RunConfig, process: Process) -> Run:
         if resumed is not None:
             logger.info("resuming from %s", resumed)
             algorithm.load_state_dict(load(resumed, engines))
-    info = ManifestInfo(
-        config=to_dict(config), model=to_dict(config.model), tokenizer=tokenizer.fingerprint()
-    )
-    checkpointer = Checkpointer(root, config.checkpoint, info)
+    checkpointer = Checkpointer(root, config.checkpoint, ManifestInfo(to_dict(config), tokenizer))
     return Run(algorithm, build_callbacks(config, process, algorithm, checkpointer, engines, timers), timers)
 
 

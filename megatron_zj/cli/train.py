@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_zj.cli.build import build_run
 from megatron_zj.cli.compose import compose_run, load_frozen, save_frozen
+from megatron_zj.cli.main import guarded
 from megatron_zj.config.checks import require
 from megatron_zj.config.run import RunConfig
 from megatron_zj.runtime.distributed import Process, session, world_size_of_environment
@@ -41,6 +42,4 @@ def train(config: RunConfig, process: Process) -> None:
 
 
 if __name__ == "__main__":
-    from megatron_zj.cli.main import entry
-
-    sys.exit(entry("train", sys.argv[1:]))
+    sys.exit(guarded(main, sys.argv[1:]))

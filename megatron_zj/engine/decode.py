@@ -20,10 +20,10 @@ from torch.nn import functional as F
 
 from kernels.attention import attention, decode_attention
 from kernels.rms_norm import rms_norm
-from kernels.rope import rope
+from kernels.rope import rope, rope_tables
 from kernels.swiglu import swiglu
 from megatron_zj.engine.engine import Engine
-from megatron_zj.models.rotary import rotary_tables
+from megatron_zj.models.rotary import rotary_frequencies
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,14 @@ class Decoder:
         shape = (num_layers, max_rows, max_tokens, heads, self.model.head_size)
         self._keys = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self._values = torch.zeros_like(self._keys)
-        self._tables = rotary_tables(self.model, self.device)
+        frequencies = rotary_frequencies(self.model).to(self.device)
+        self._tables = rope_tables(frequencies, max_tokens)
         self._lengths: list[int] = []  # cached tokens of each active slot
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
         """No gradients inside; parameters that are still being gathered are waited for first."""
-        self.engine.finish_param_sync()
+        self.engine.gather_weights()
         with torch.no_grad():
             yield
 
@@ -137,8 +138,8 @@ class Decoder:
         self._values[layer.index, step.slots, step.positions] = value_TKN
         mixed_TD = step.attend(query_THN, key_TKN, value_TKN, layer.index).reshape(len(hidden_TD), -1)
         hidden_TD = hidden_TD + self._sum(F.linear(mixed_TD, layer.out))
-        gate_TF, up_TF = F.linear(rms_norm(hidden_TD, layer.mlp_norm_D, eps), layer.gate_up).chunk(2, dim=-1)
-        return hidden_TD + self._sum(F.linear(swiglu(gate_TF, up_TF), layer.down))
+        gate_up_TF = F.linear(rms_norm(hidden_TD, layer.mlp_norm_D, eps), layer.gate_up)
+        return hidden_TD + self._sum(F.linear(swiglu(gate_up_TF), layer.down))
 
     def _embed(self, tokens_T: Tensor) -> Tensor:
         weight = self.engine.chunks[0].embedding.word_embeddings.weight
@@ -151,7 +152,8 @@ class Decoder:
     def _logits(self, hidden_BD: Tensor) -> Tensor:
         stage = self.engine.chunks[-1]
         hidden_BD = rms_norm(hidden_BD, stage.decoder.final_layernorm.weight, self.model.norm_eps)
-        weight = stage.shared_embedding_or_output_weight() if self.model.tie_embeddings else stage.output_layer.weight
+        tied = stage.share_embeddings_and_output_weights
+        weight = stage.shared_embedding_or_output_weight() if tied else stage.output_layer.weight
         logits_BV = F.linear(hidden_BD, weight).float()
         if self.groups.tp_size > 1:
             parts = [torch.empty_like(logits_BV) for _ in range(self.groups.tp_size)]

@@ -98,3 +98,10 @@ def world_max(value: float) -> float:
     if dist.get_world_size() > 1:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return float(largest)
+
+
+def gather_in_order(mine: list[Any]) -> list[Any]:
+    """Every rank's items, rank 0's first, on every rank.  Items are numbers, strings and lists of them."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return [item for items in everyone for item in items]

@@ -1,0 +1,57 @@
+"""``zj generate checkpoint.load=DIR data.files=[prompts.jsonl] run.dir=DIR``: answers to a file of prompts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron_zj.cli.inference import LoadedModel, compose_inference
+from megatron_zj.cli.main import guarded
+from megatron_zj.config.inference import InferenceConfig
+from megatron_zj.config.loader import ConfigError
+from megatron_zj.data.chat import render_prompt
+from megatron_zj.data.prompts import read_prompts
+from megatron_zj.runtime.distributed import Process, session
+from megatron_zj.runtime.log import progress_bar, setup
+
+logger = logging.getLogger(__name__)
+ANSWERS = "answers.jsonl"  # in run.dir
+
+
+def main(argv: Sequence[str]) -> int:
+    """Read prompts, sample, write ``run.dir/answers.jsonl`` with {"prompt", "answer", "finished"} a line."""
+    config = compose_inference(argv)
+    if not config.data.files:
+        raise ConfigError(["data.files: no prompts; give data.files=[FILE,...]"])
+    with session(config.run.device, config.run.timeout_seconds) as process:
+        setup(process, config.run.dir)
+        generate_answers(config, process)
+    return 0
+
+
+def generate_answers(config: InferenceConfig, process: Process) -> None:
+    """Collective over the world; rank 0 writes, and the file appears whole or not at all."""
+    model = LoadedModel(config, process)
+    records = read_prompts(config.data.files, config.data.format, config.data.on_bad_record)
+    records = records[: config.limit] if config.limit else records
+    prompts = [render_prompt(record.messages, model.template, model.tokenizer) for record in records]
+    bar = progress_bar(process, len(prompts), 0, "answers")
+    found = model.continuations(prompts, config.sampling, lambda done: bar.update(done - bar.n) and None)
+    bar.close()
+    if process.rank == 0:
+        target = config.run.dir / ANSWERS
+        part = target.with_suffix(".part")
+        with part.open("w", encoding="utf-8") as file:
+            for record, ids in zip(records, found, strict=True):
+                finished = bool(ids) and ids[-1] == model.tokenizer.eos_id
+                line = {"prompt": record.messages[-1].content, "answer": model.tokenizer.decode(ids), "finished": finished}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        os.replace(part, target)
+        logger.info("%d answers in %s", len(found), target)
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))

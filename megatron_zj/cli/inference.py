@@ -1,0 +1,149 @@
+"""A checkpoint ready to be asked: what generate, chat and evaluate share.
+
+Every function here is collective over the world and takes and returns whole lists, the same on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from megatron_zj.checkpoint.load import load, newest
+from megatron_zj.checkpoint.manifest import TOKENIZER, RoleInfo, read_manifest
+from megatron_zj.config.algorithm import SamplingConfig
+from megatron_zj.config.inference import InferenceConfig
+from megatron_zj.config.loader import ConfigError
+from megatron_zj.config.loader import load as load_config
+from megatron_zj.data.batch import Batch, Rows
+from megatron_zj.data.chat import ChatTemplate, chat_template
+from megatron_zj.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_zj.engine.build import build_engine
+from megatron_zj.roles.exchange import Exchange
+from megatron_zj.roles.placement import ALL, build_placements
+from megatron_zj.roles.role import Role
+from megatron_zj.roles.world import World, WorldBatch, gather_in_order
+from megatron_zj.rollout.generate import Rollout
+from megatron_zj.runtime.distributed import Process
+
+CHUNK_ROWS = 256  # rows a role call, so that progress can be shown
+
+
+def compose_inference(overrides: Sequence[str]) -> InferenceConfig:
+    """``key=value`` overrides, checked against InferenceConfig."""
+    bad = [text for text in overrides if "=" not in text]
+    if bad:
+        raise ConfigError([f"{text!r} is no override; write key=value, such as checkpoint.load=DIR" for text in bad])
+    data = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=True)
+    return load_config(InferenceConfig, data if isinstance(data, dict) else {})
+
+
+class LoadedModel:
+    """One role of a checkpoint on all ranks."""
+
+    def __init__(self, config: InferenceConfig, process: Process) -> None:
+        folder = newest(config.checkpoint.load)
+        if folder is None:
+            raise ConfigError([f"checkpoint.load: no complete checkpoint in {config.checkpoint.load}"])
+        manifest = read_manifest(folder)
+        name, info = _pick_role(manifest.roles, config.checkpoint.role, folder)
+        self.folder, self.step, self.info = folder, manifest.step, info
+        self.tokenizer: Tokenizer = load_tokenizer(folder / TOKENIZER)
+        self.template: ChatTemplate = chat_template(config.data.template or _trained_template(manifest.config))
+        self.world, self.process, self.seed = World.current(), process, config.run.seed
+        placement = build_placements(
+            config.parallel, {}, {ALL}, process.world_size, config.run.timeout_seconds
+        )[ALL]
+        if placement.groups is None:
+            raise RuntimeError("this rank is outside the only placement")
+        engine = build_engine(
+            info.model, info.head, placement.groups, config.engine, None, 1, process.device, config.run.seed
+        )
+        if not config.untrained:
+            load(folder, {name: engine}, weights_only=True)
+        self.role = Role(name, placement, engine, Exchange())
+
+    def continuations(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[list[int]]:
+        """Sampled ids after each prompt, the stop token included when there is one."""
+        rollout = Rollout(sampling, frozenset({self.tokenizer.eos_id}), self.seed)
+        answers: list[list[int]] = []
+        for start, chunk in _chunks(prompts):
+            local, first = self._share(chunk)
+            batch = self._batch(local, torch.arange(start + first, start + first + len(local)))
+            samples = self.role.generate(rollout.at_step(0), batch).local
+            lengths = samples.per_row["prompt_length"].tolist()
+            mine = [row[length:].tolist() for row, length in zip(samples.tokens.split(), lengths, strict=True)]
+            answers += gather_in_order(mine)
+            if on_progress is not None:
+                on_progress(len(answers))
+        return answers
+
+    def answers(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig) -> list[tuple[str, bool]]:
+        """Sampled texts, and whether each ended by itself."""
+        eos = self.tokenizer.eos_id
+        found = self.continuations(prompts, sampling)
+        return [(self.tokenizer.decode(ids), bool(ids) and ids[-1] == eos) for ids in found]
+
+    def option_logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
+        """Sum of the log-probabilities (nats) of each option's ids after its prompt's."""
+        sums: list[float] = []
+        for _, chunk in _chunks(pairs):
+            local, _first = self._share(chunk)
+            batch = self._batch([[*prompt, *option] for prompt, option in local], torch.arange(len(local)))
+            logprobs = self.role.infer("logprobs", batch).wait()
+            if not isinstance(logprobs, Rows):
+                raise TypeError("expected a value a token")
+            rows = zip(logprobs.split(), local, strict=True)
+            sums += gather_in_order([float(row[len(prompt) :].double().sum()) for row, (prompt, _option) in rows])
+        return sums
+
+    def scores(self, rows: Sequence[Sequence[int]]) -> list[float]:
+        """The reward head's score of each whole row."""
+        found: list[float] = []
+        for _, chunk in _chunks(rows):
+            local, _first = self._share(chunk)
+            scores = self.role.infer("scores", self._batch(local, torch.arange(len(local)))).wait()
+            if isinstance(scores, Rows):
+                raise TypeError("expected a value a row")
+            found += gather_in_order(scores.tolist())
+        return found
+
+    def _share(self, items: Sequence[Any]) -> tuple[Sequence[Any], int]:
+        """This rank's contiguous part, and where it starts."""
+        size, rest = divmod(len(items), self.world.size)
+        start = self.world.rank * size + min(self.world.rank, rest)
+        return items[start : start + size + (self.world.rank < rest)], start
+
+    def _batch(self, rows: Sequence[Sequence[int]], sample_ids: torch.Tensor) -> WorldBatch:
+        tokens = Rows.of([torch.tensor(row, dtype=torch.int64) for row in rows], torch.int64)
+        longest = max((len(row) for row in rows), default=0)
+        if longest > self.info.model.max_position_embeddings:
+            raise ValueError(
+                f"a row of {longest} tokens is longer than the model's {self.info.model.max_position_embeddings} "
+                "positions; shorten it, or set data.overlong=truncate"
+            )
+        return WorldBatch.gather(Batch(tokens, {}, {"sample_id": sample_ids}))
+
+
+def _chunks(items: Sequence[Any]) -> list[tuple[int, Sequence[Any]]]:
+    return [(start, items[start : start + CHUNK_ROWS]) for start in range(0, len(items), CHUNK_ROWS)]
+
+
+def _pick_role(roles: Any, wanted: str | None, folder: Path) -> tuple[str, RoleInfo]:
+    name = wanted or (next(iter(roles)) if len(roles) == 1 else "actor")
+    if name not in roles:
+        raise ConfigError([f"checkpoint.role: {folder} has no role {name!r}; it has {', '.join(sorted(roles))}"])
+    return name, roles[name]
+
+
+def _trained_template(config: Any) -> str:
+    """The template of the run that wrote the checkpoint; a pre-trained model has none and gets ziya."""
+    return str(config.get("data", {}).get("template") or "ziya")
