@@ -1,0 +1,99 @@
+"""Puts an engine together: random states, stages, gradient buffers, optimizer, schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from torch.nn import Module
+
+from megatron_zj.config.model import HeadKind, ModelConfig
+from megatron_zj.config.optim import EngineConfig, OptimConfig
+from megatron_zj.engine.engine import Engine, seed_tracker
+from megatron_zj.engine.optimizer import Optimizer
+from megatron_zj.engine.schedule import LearningRate
+from megatron_zj.models.llama import build_stages
+from megatron_zj.parallel.groups import ParallelGroups
+from megatron_zj.runtime.seed import keyed_seed
+
+
+def build_engine(
+    model: ModelConfig,
+    head: HeadKind,
+    groups: ParallelGroups,
+    engine_config: EngineConfig,
+    optim: OptimConfig | None,
+    num_steps: int,
+    device: torch.device,
+    seed: int,
+) -> Engine:
+    """An engine with freshly initialised weights; collective over the placement.
+
+    ``optim`` None: a frozen model.  ``num_steps``: optimizer steps of the run, for the learning-rate schedule.
+    """
+    seed_tracker(keyed_seed(seed, "tracker"), groups)
+    stages = build_stages(model, head, groups, engine_config, device, seed)
+    return assemble(model, head, groups, engine_config, optim, num_steps, device, seed, list(stages))
+
+
+def assemble(
+    model: ModelConfig,
+    head: HeadKind,
+    groups: ParallelGroups,
+    engine_config: EngineConfig,
+    optim: OptimConfig | None,
+    num_steps: int,
+    device: torch.device,
+    seed: int,
+    chunks: list[Module],
+) -> Engine:
+    """``build_engine`` for stages that exist already; they share one megatron-core configuration of their own."""
+    config: Any = chunks[0].config
+    _set_schedule(config, groups)
+    if optim is None:
+        for chunk in chunks:
+            chunk.requires_grad_(False)
+        return Engine(model, head, groups, engine_config, chunks, [], None, device, seed)
+    wrapped = [_wrap(config, engine_config, groups, chunk, first=index == 0) for index, chunk in enumerate(chunks)]
+    optimizer = Optimizer(wrapped, groups, engine_config, optim, LearningRate.from_config(optim, num_steps))
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss if engine_config.precision == "fp16" else None
+    if engine_config.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
+    return Engine(model, head, groups, engine_config, chunks, wrapped, optimizer, device, seed)
+
+
+def _wrap(
+    config: Any, engine_config: EngineConfig, groups: ParallelGroups, chunk: Module, *, first: bool
+) -> DistributedDataParallel:
+    buffers = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=engine_config.overlap_grad_reduce,
+        overlap_param_gather=engine_config.overlap_param_gather,
+        use_distributed_optimizer=engine_config.distributed_optimizer,
+        # Gradients are sums, divided once by the global weight; and megatron-core's own NaN check dies on the
+        # overflows that fp16's loss scaling lives with.  The engine checks the loss and the gradient norm itself.
+        average_in_collective=False,
+        check_for_nan_in_grad=False,
+    )
+    # Only the first chunk's communication is on the critical path.
+    return DistributedDataParallel(config, buffers, chunk, disable_bucketing=not first, pg_collection=groups.pgc)
+
+
+def _set_schedule(config: Any, groups: ParallelGroups) -> None:
+    """What the engine's results rest on, whoever wrote the rest of the configuration.
+
+    Raises ValueError for fused cross-entropy (its "native" form rounds gradients to bf16 even in fp32) and for
+    gradient accumulation fusion (needs a CUDA extension, and there is no fallback).
+    """
+    for name in ("cross_entropy_loss_fusion", "gradient_accumulation_fusion"):
+        if getattr(config, name):
+            raise ValueError(f"{name} must be off in the model's megatron-core configuration")
+    config.calculate_per_token_loss = True
+    config.deallocate_pipeline_outputs = groups.pp_size > 1
+    config.variable_seq_lengths = False
+    interleaved = groups.vpp_size > 1
+    # Interleaved stages with batched messages at pp = 2 pair a forward activation with a backward gradient, silently.
+    config.overlap_p2p_comm, config.batch_p2p_comm = interleaved, not interleaved
