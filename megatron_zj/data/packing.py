@@ -10,6 +10,7 @@ one dummy sequence at the end of a pack where sequence parallelism or a pipeline
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -158,7 +159,7 @@ def _whole_pack(
 def _zigzag_slots(ends: Sequence[int], cp: int, cp_rank: int) -> Tensor:
     """Slots of one cp rank: pieces ``cp_rank`` and ``2 cp - 1 - cp_rank`` of each sequence cut in 2 cp."""
     pieces = []
-    for start, end in zip(ends[:-1], ends[1:], strict=True):
+    for start, end in itertools.pairwise(ends):
         blocks = torch.arange(start, end).view(2 * cp, -1)
         pieces += [blocks[cp_rank], blocks[2 * cp - 1 - cp_rank]]
     return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int64)

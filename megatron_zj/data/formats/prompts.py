@@ -1,0 +1,29 @@
+"""Questions without answers, for rollouts.  Registered last: most other formats have a question too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_zj.data.chat import Message
+from megatron_zj.data.formats.rankings import prompt_messages
+from megatron_zj.data.formats.registry import Format
+from megatron_zj.data.records import PromptRecord, text_of
+
+
+def _question(value: dict[str, Any]) -> PromptRecord:
+    return PromptRecord((Message("user", text_of(value["question"], "question")),))
+
+
+def _has(key: str) -> Any:
+    return lambda value: isinstance(value, dict) and key in value
+
+
+FORMATS = (
+    Format(
+        name="prompts",
+        shape='{"prompt": a question, or a list of turns that ends with one}',
+        matches=_has("prompt"),
+        convert=lambda value: PromptRecord(prompt_messages(value)),
+    ),
+    Format(name="questions", shape='{"question": ...}', matches=_has("question"), convert=_question),
+)

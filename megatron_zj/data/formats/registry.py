@@ -1,0 +1,97 @@
+"""The registry of input formats, and the choice of one."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_zj.data.errors import BadRecord, DataError
+from megatron_zj.data.formats.reading import Item, check_file, container, read_items, read_lines
+from megatron_zj.data.records import Kind, Record, derive
+
+Lines = Iterable[tuple[int, str]]
+_SAMPLE_LINES = 50  # lines of a text file that detection looks at
+_SAMPLE_ITEMS = 20  # records that detection may pass over, when they are malformed
+
+
+@dataclass(frozen=True)
+class Format:
+    """One input format.
+
+    ``matches`` decides ``auto`` from the first record (for text files: the first lines as one string); ``convert``
+    makes the canonical record or raises BadRecord; ``items`` groups the lines of a text file into raw records.
+    """
+
+    name: str
+    shape: str  # what a record looks like, for messages and documentation
+    matches: Callable[[Any], bool]
+    convert: Callable[[Any], Record]
+    items: Callable[[Lines], Iterator[Item]] | None = None  # None: a structured file
+
+
+FORMATS: dict[str, Format] = {}  # by name, in the order in which ``auto`` tries them
+
+
+def register(item: Format) -> None:
+    """Add a format; ``auto`` tries formats in the order of registration, so the specific come first."""
+    if item.name in FORMATS or item.name == "auto":
+        raise ValueError(f"format {item.name!r} is already registered")
+    FORMATS[item.name] = item
+
+
+def choose_format(path: Path, name: str) -> Format:
+    """The format of a file: the one named, or with ``auto`` the first that matches its first good record."""
+    is_text = container(path) == ".txt"
+    check_file(path)
+    fitting = [known for known in FORMATS.values() if (known.items is not None) == is_text]
+    if name != "auto":
+        if name not in FORMATS:
+            raise DataError(f"unknown data.format {name!r}\n  -> one of: auto, {', '.join(FORMATS)}")
+        if FORMATS[name] not in fitting:
+            raise DataError(
+                f"{path}: format {name!r} does not read {container(path)} files\n"
+                f"  -> for this file one of: {', '.join(known.name for known in fitting)}"
+            )
+        return FORMATS[name]
+    for sample in _samples(path, is_text):
+        for known in fitting:
+            if known.matches(sample):
+                return known
+        keys = f"keys {', '.join(map(str, sample))}" if isinstance(sample, dict) else f"a {type(sample).__name__}"
+        shapes = "\n".join(f"     {known.name}: {known.shape}" for known in fitting)
+        raise DataError(
+            f"{path}: no format matches its first record ({keys})\n  -> set data.format to one of\n{shapes}"
+        )
+    raise DataError(f"{path}: no record could be read\n  -> check that the file is what its name says")
+
+
+def _samples(path: Path, is_text: bool) -> Iterator[Any]:
+    if is_text:
+        yield "\n".join(line for _, line in itertools.islice(read_lines(path), _SAMPLE_LINES))
+        return
+    for item in itertools.islice(read_items(path), _SAMPLE_ITEMS):
+        if item.error is None:
+            yield item.value
+
+
+def raw_items(path: Path, form: Format) -> Iterator[Item]:
+    """The raw records of a file under a format."""
+    if form.items is None:
+        return read_items(path)
+    check_file(path)
+    return form.items(read_lines(path))
+
+
+def convert_item(item: Item, form: Format, kind: Kind) -> Record:
+    """The canonical record a stream of this kind needs.  Raises BadRecord."""
+    if item.error is not None:
+        raise item.error
+    try:
+        return derive(form.convert(item.value), kind)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        missing = isinstance(error, KeyError)
+        reason = f"the record has no {error}" if missing else f"the record is not shaped as {form.name}: {error}"
+        raise BadRecord(reason, hint=f"a {form.name} record is {form.shape}; data.format chooses another") from error

@@ -1,0 +1,128 @@
+"""What every input format becomes: four canonical records, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_zj.data.chat import Message, RoleName
+from megatron_zj.data.errors import BadRecord
+
+Kind = Literal["corpus", "chat", "preference", "prompts"]
+
+
+@dataclass(frozen=True)
+class TextRecord:
+    """A document."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class DialogueRecord:
+    """A dialogue that ends with an answer."""
+
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class PreferenceRecord:
+    """Ranked continuations of one prompt.  ``ranks``: one a response, smaller is better, equal is a tie."""
+
+    prompt: tuple[Message, ...]
+    responses: tuple[tuple[Message, ...], ...]  # each begins and ends with the assistant
+    ranks: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.responses) < 2:
+            raise BadRecord(f"{len(self.responses)} response: a ranking needs at least two", field="responses")
+        if len(self.ranks) != len(self.responses):
+            raise BadRecord(f"{len(self.ranks)} ranks for {len(self.responses)} responses", field="ranks")
+        if len(set(self.ranks)) == 1:
+            raise BadRecord("all responses have the same rank, so none is preferred", field="ranks")
+        seen: dict[tuple[Message, ...], float] = {}
+        for response, rank in zip(self.responses, self.ranks, strict=True):
+            if seen.setdefault(response, rank) != rank:
+                raise BadRecord("two equal responses have different ranks", field="responses")
+
+    def dense_ranks(self) -> tuple[int, ...]:
+        """0 for the best, the same for ties, no gaps."""
+        order = sorted(set(self.ranks))
+        return tuple(order.index(rank) for rank in self.ranks)
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """A dialogue that ends with the user."""
+
+    messages: tuple[Message, ...]
+
+
+Record = TextRecord | DialogueRecord | PreferenceRecord | PromptRecord
+
+_PRODUCES: dict[type, Kind] = {
+    TextRecord: "corpus",
+    DialogueRecord: "chat",
+    PreferenceRecord: "preference",
+    PromptRecord: "prompts",
+}
+
+
+def derive(record: Record, kind: Kind) -> Record:
+    """The record a stream of this kind needs, where it follows from the one the file has.
+
+    A dialogue gives a prompt (all but its last answer) and a text (its turns, a line each); a ranking gives a prompt
+    and a dialogue (with its first best response).
+    """
+    if _PRODUCES[type(record)] == kind:
+        return record
+    if isinstance(record, PreferenceRecord) and kind == "prompts":
+        return PromptRecord(record.prompt)
+    if isinstance(record, PreferenceRecord) and kind == "chat":
+        best = record.ranks.index(min(record.ranks))
+        return DialogueRecord(record.prompt + record.responses[best])
+    if isinstance(record, DialogueRecord) and kind == "prompts":
+        return PromptRecord(record.messages[:-1])
+    if isinstance(record, DialogueRecord) and kind == "corpus":
+        return TextRecord("\n".join(message.content for message in record.messages))
+    raise BadRecord(
+        f"the file gives {_PRODUCES[type(record)]} records, and no {kind} record follows from one",
+        hint=f"give a file for data.kind={kind}, or change data.kind",
+    )
+
+
+def text_of(value: Any, field: str, *, empty: bool = False) -> str:
+    """A string, or the only element of a list that holds one string.  ``empty`` allows blank and missing."""
+    if isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0]
+    if value is None and empty:
+        return ""
+    if not isinstance(value, str):
+        raise BadRecord(f"expected text, found {type(value).__name__}", field=field)
+    if not value.strip() and not empty:
+        raise BadRecord("the text is empty", field=field)
+    return value.strip()
+
+
+def messages_of(value: Any, field: str, roles: dict[str, RoleName], *, role: str, content: str) -> tuple[Message, ...]:
+    """Turns from a list of objects whose keys ``role`` and ``content`` name the speaker and the text."""
+    if not isinstance(value, list):
+        raise BadRecord(f"expected a list of turns, found {type(value).__name__}", field=field)
+    turns = []
+    for index, turn in enumerate(value):
+        if not isinstance(turn, dict) or role not in turn or content not in turn:
+            raise BadRecord(f"a turn must be an object with {role!r} and {content!r}", field=f"{field}[{index}]")
+        speaker = turn[role]
+        if speaker not in roles:
+            raise BadRecord(f"unknown speaker {speaker!r}, known: {', '.join(roles)}", field=f"{field}[{index}].{role}")
+        turns.append(Message(roles[speaker], text_of(turn[content], f"{field}[{index}].{content}")))
+    return tuple(turns)
+
+
+def exchange(history: Sequence[tuple[str, str]], question: str) -> tuple[Message, ...]:
+    """Messages of earlier (question, answer) pairs and the question now."""
+    turns: list[Message] = []
+    for asked, answered in history:
+        turns += [Message("user", asked), Message("assistant", answered)]
+    return (*turns, Message("user", question))
