@@ -1,0 +1,142 @@
+"""Files that are on disk when a call returns, and that say what was written: size and SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from megatron_zj.checkpoint.errors import CheckpointError
+
+_BLOCK = 8 << 20  # bytes read at once when hashing
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What the manifest knows of a file."""
+
+    size: int  # bytes
+    sha256: str
+
+
+class HashingFile:
+    """A file that is only written from start to end, hashed on the way: the hash is of what was meant."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.position = 0  # bytes
+        self._hash = hashlib.sha256()
+        self._file: BinaryIO = open(path, "wb")  # noqa: SIM115  closed by close() or the with statement
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        view = memoryview(data).cast("B")
+        try:
+            self._file.write(view)
+        except OSError as error:
+            self.error = error  # a C++ caller would lose it
+            raise
+        self._hash.update(view)
+        self.position += len(view)
+        return len(view)
+
+    def tell(self) -> int:
+        return self.position
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> FileRecord:
+        """Reach the disk, then close."""
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self.error = error
+            raise
+        finally:
+            self._file.close()
+        return FileRecord(self.position, self._hash.hexdigest())
+
+    def __enter__(self) -> HashingFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._file.closed:
+            try:
+                self._file.close()
+            except OSError:
+                if error is None:
+                    raise
+
+
+def write_bytes(path: Path, data: bytes) -> FileRecord:
+    """Write a small file under a temporary name, fsync, rename: complete or absent."""
+    temporary = path.with_name(path.name + ".tmp")
+    with HashingFile(temporary) as file:
+        file.write(data)
+        record = file.close()
+    os.replace(temporary, path)
+    fsync_folder(path.parent)
+    return record
+
+
+def write_json(path: Path, value: Any) -> FileRecord:
+    """``value`` as JSON, complete or absent."""
+    return write_bytes(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())
+
+
+def read_json(path: Path, advice: str) -> Any:
+    """The JSON value in ``path``; CheckpointError with ``advice`` where it is missing or malformed."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; {advice}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); {advice}") from None
+
+
+def record_of(path: Path) -> FileRecord:
+    """Size and hash of a file as it is on disk now."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            size += len(block)
+    return FileRecord(size, digest.hexdigest())
+
+
+def copy_file(source: Path, target: Path) -> FileRecord:
+    """Copy a small file durably."""
+    with HashingFile(target) as file:
+        with open(source, "rb") as stream:
+            while block := stream.read(_BLOCK):
+                file.write(block)
+        return file.close()
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Refuse before the first byte when ``needed`` bytes do not fit."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise CheckpointError(
+            f"no space left for a checkpoint in {folder}: it needs {needed / 2**20:.1f} MiB and {free / 2**20:.1f} MiB "
+            "are free. The previous checkpoint is untouched: free some space, lower checkpoint.keep_last, or set "
+            "run.dir to a larger disk"
+        )
