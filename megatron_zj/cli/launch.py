@@ -1,0 +1,155 @@
+"""``zj launch``: a configuration, a sweep of them, or a SLURM array of them, under torchrun.
+
+Every point is composed and checked before any starts.  Each job has a folder with its frozen configuration
+(``config.yaml``), its overrides (``overrides.json``), its output (``output.log``) and its state (``status.json``).
+A failing job does not stop the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from megatron_zj.cli.compose import compose_run, load_frozen
+from megatron_zj.cli.jobs import Job, expand, freeze, read_state, run_job, table, torchrun_command
+from megatron_zj.cli.main import entry
+from megatron_zj.cli.slurm import Allocation, write_sbatch
+from megatron_zj.config.checks import check, require
+from megatron_zj.config.loader import ConfigError
+from megatron_zj.config.run import RunConfig
+
+TRAIN = ("-m", "megatron_zj.cli.train", "--config")  # what torchrun runs; the configuration's path follows
+
+
+def main(argv: Sequence[str], train: Sequence[str] = TRAIN) -> int:
+    """Launch.  ``train``: what to run on a frozen configuration (a stand-in, in tests).
+
+    Returns 0 when every job ended well, 1 when one did not.
+    """
+    options = _parse(argv)
+    if options.status is not None:
+        sys.stdout.write(table(_jobs_under(options.status)))
+        return 0
+    jobs = _plan(options)
+    if options.dry_run:
+        for job in jobs:
+            command = torchrun_command(job, train, options.max_restarts)
+            sys.stdout.write(f"{job.name}: {' '.join(command)}\n")
+        return 0
+    for job in jobs:
+        freeze(job)
+    if options.slurm:
+        allocation = Allocation(
+            nodes=options.nodes,
+            time=options.time,
+            partition=options.partition,
+            account=options.account,
+            parallel_jobs=options.parallel_jobs,
+            max_restarts=options.max_restarts,
+        )
+        script = write_sbatch(jobs, options.dir, allocation, train)
+        sys.stdout.write(f"{len(jobs)} jobs frozen under {options.dir}\nsubmit with: sbatch {script}\n")
+        return 0
+    return _run_all(jobs, train, options.max_restarts)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="zj launch", description="Run configurations under torchrun.")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="a sweep has commas: optim.lr=1e-4,3e-4")
+    parser.add_argument("-m", "--multirun", action="store_true", help="every combination of the values given")
+    parser.add_argument("--config", type=Path, help="a frozen configuration instead of overrides")
+    parser.add_argument("--nproc", type=int, metavar="N", help="ranks; default: the configuration's world_size, else 1")
+    parser.add_argument("--max-restarts", type=int, default=0, metavar="N", help="times torchrun restarts dead workers")
+    parser.add_argument("--dir", type=Path, help="folder of a sweep's jobs; default runs/sweeps/<experiment>")
+    parser.add_argument("--dry-run", action="store_true", help="compose, check, and print the commands")
+    parser.add_argument("--no-files", action="store_true", help="do not look for input files (they are elsewhere)")
+    parser.add_argument("--status", type=Path, metavar="DIR", help="print how the jobs of a sweep stand, and end")
+    slurm = parser.add_argument_group("SLURM")
+    slurm.add_argument("--slurm", action="store_true", help="write one sbatch array instead of running")
+    slurm.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes a job; world_size is shared among them")
+    slurm.add_argument("--time", default="24:00:00", help="time limit of a job")
+    slurm.add_argument("--partition", help="SLURM partition")
+    slurm.add_argument("--account", help="SLURM account")
+    slurm.add_argument("--parallel-jobs", type=int, default=8, metavar="N", help="jobs of the array at the same time")
+    options = parser.parse_intermixed_args(list(argv))
+    if options.config is not None and (options.overrides or options.multirun):
+        parser.error("--config is a whole configuration; it takes no overrides and no --multirun")
+    if options.dir is None:
+        chosen = [text.partition("=")[2] for text in options.overrides if text.startswith("experiment=")]
+        name = chosen[0] if chosen and "," not in chosen[0] else "sweep"
+        options.dir = Path("runs/sweeps") / name
+    return options
+
+
+def _plan(options: argparse.Namespace) -> list[Job]:
+    """All jobs, composed and checked; ``ConfigError`` with every problem of every point otherwise."""
+    if options.config is not None:
+        points: list[tuple[str, ...]] = [()]
+    else:
+        points = expand(options.overrides) if options.multirun else [tuple(options.overrides)]
+    one_folder = not (options.multirun or options.slurm)
+    jobs, problems = [], []
+    for index, point in enumerate(points):
+        try:
+            config = load_frozen(options.config) if options.config is not None else compose_run(point)
+            world_size = options.nproc or config.world_size or 1
+            _require(config, world_size, options)
+        except ConfigError as error:
+            where = f"point {index} ({' '.join(point)}): " if options.multirun else ""
+            problems += [f"{where}{problem}" for problem in error.problems]
+            continue
+        folder = config.run.dir if one_folder else None
+        jobs.append(Job.of(index, point, config, world_size, options.dir, folder))
+    if problems:
+        raise ConfigError(problems)
+    if options.slurm and any(job.world_size % options.nodes for job in jobs):
+        raise ConfigError([f"--nodes {options.nodes} does not divide the world size of every job"])
+    return jobs
+
+
+def _require(config: RunConfig, world_size: int, options: argparse.Namespace) -> None:
+    """The checks of a run; for SLURM the packages of this machine do not matter."""
+    if options.no_files:
+        errors = [f for f in check(config, world_size, files=False, here=not options.slurm) if f.level == "error"]
+        if errors:
+            raise ConfigError([str(finding) for finding in errors])
+    else:
+        require(config, world_size, here=not options.slurm)
+
+
+def _run_all(jobs: list[Job], train: Sequence[str], max_restarts: int) -> int:
+    """One after the other.  A job that is done, with the same configuration, is not run again."""
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    for number, job in enumerate(jobs, start=1):
+        if len(jobs) > 1 and read_state(job.folder) == "done":
+            sys.stdout.write(f"[{number}/{len(jobs)}] {job.name}: done before\n")
+            continue
+        sys.stdout.write(f"[{number}/{len(jobs)}] {job.name}: {job.world_size} ranks, {job.folder}\n")
+        sys.stdout.flush()
+        code = run_job(job, train, max_restarts, echo=len(jobs) == 1)
+        if code and len(jobs) > 1:
+            sys.stdout.write(f"[{number}/{len(jobs)}] {job.name}: FAILED, exit code {code}\n")
+    failed = [job for job in jobs if read_state(job.folder) != "done"]
+    if len(jobs) > 1 or failed:
+        sys.stdout.write(table(jobs))
+    return 1 if failed else 0
+
+
+def _exit_on_signal(number: int, _: FrameType | None) -> None:
+    """A kill becomes an exception, so that the workers are ended too."""
+    sys.exit(128 + number)
+
+
+def _jobs_under(root: Path) -> list[Job]:
+    folders = sorted(path.parent for path in root.glob("*/config.yaml"))
+    if not folders:
+        raise ConfigError([f"{root}: no job there (a job is a folder with a config.yaml)"])
+    return [Job.read(folder) for folder in folders]
+
+
+if __name__ == "__main__":
+    sys.exit(entry("launch", sys.argv[1:]))
