@@ -6,6 +6,7 @@ Legend: T slots of this context-parallel rank, S slots of the whole pack (T = S 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -73,7 +74,7 @@ def context_layout(ends: tuple[int, ...], slots_T: Tensor, cp: int) -> ContextLa
     """
     share = ends[-1] // cp
     rows = []
-    for start, end in zip(ends[:-1], ends[1:], strict=True):
+    for start, end in pairwise(ends):
         if (end - start) % (2 * cp):
             raise ValueError(f"a sequence of {end - start} slots cannot be cut over cp={cp}; pad it to {2 * cp}s")
         block = (end - start) // (2 * cp)

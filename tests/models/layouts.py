@@ -40,15 +40,19 @@ TINY = ModelConfig(
 )
 
 
+ONE_RANK = ParallelConfig()
+PLAIN = EngineConfig()
+
+
 @dataclass(frozen=True)
 class Case:
     """One layout of one model."""
 
     name: str
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: ParallelConfig = ONE_RANK
     model: ModelConfig = TINY
     head: HeadKind = "lm"
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = PLAIN
     temperature: float = 1.0
 
 

@@ -65,7 +65,7 @@ FOUR = [
 ]
 
 
-@pytest.mark.parametrize(("world", "cases"), [(1, ONE), (2, TWO), (4, FOUR)], ids=["1 rank", "2 ranks", "4 ranks"])
+@pytest.mark.parametrize(("world", "cases"), [(1, ONE), (2, TWO), (4, FOUR)], ids=["world1", "world2", "world4"])
 def test_outputs_and_gradients_equal_the_reference(world: int, cases: Sequence[Case]) -> None:
     ranks = run_ranks(world, run_cases, cases, world, timeout=120.0)
     failures = []
