@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,7 @@ from megatron_zj.data.order import Draw
 from megatron_zj.data.store import StoredRow, UnitStore
 
 
-class StoredUnits:
+class StoredUnits(ABC):
     """A choice of the units of a store, in a given order; the part that the three kinds of rows share."""
 
     def __init__(self, store: UnitStore, chosen: Sequence[int]) -> None:
@@ -28,6 +29,10 @@ class StoredUnits:
 
     def describe(self, draw: Draw) -> str:
         return self._store.origin(self._chosen[draw.index])
+
+    @abstractmethod
+    def batch(self, draws: Sequence[Draw]) -> Batch:
+        """The rows of these draws, with the fields of the kind; also of none."""
 
     def rows(self, draw: Draw) -> list[StoredRow]:
         """The stored rows of one draw."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import megatron_zj.data.formats  # noqa: F401  (registers the formats)
-from megatron_zj.config.data import ChatConfig, DataConfig, OnBadRecord, PreferenceConfig, PromptsConfig
+from megatron_zj.config.data import ChatConfig, DataConfig, OnBadRecord, Overlong, PreferenceConfig, PromptsConfig
 from megatron_zj.data.chat import chat_template
 from megatron_zj.data.errors import BadRecord, DataError
 from megatron_zj.data.formats.reading import Item
@@ -30,7 +30,7 @@ class Conversion:
     format: str
     template: str
     max_length: int
-    overlong: str
+    overlong: Overlong
     on_bad_record: OnBadRecord
 
     @classmethod

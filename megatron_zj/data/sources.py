@@ -41,8 +41,9 @@ def row_units(config: RowsConfig, tokenizer: Tokenizer, split: Split, *, progres
         chosen = [unit for unit in chosen if (store.record(unit) in held_out) == (split == "validation")]
         if not chosen:
             raise DataError(f"data.validation_fraction={fraction} leaves no record for {split}\n  -> change it")
-    kinds = {ChatConfig: DialogueUnits, PreferenceConfig: PreferenceUnits, PromptsConfig: PromptUnits}
-    return kinds[type(config)](store, chosen)
+    if isinstance(config, ChatConfig):
+        return DialogueUnits(store, chosen)
+    return PreferenceUnits(store, chosen) if isinstance(config, PreferenceConfig) else PromptUnits(store, chosen)
 
 
 def _store(files: Sequence[str], config: RowsConfig, tokenizer: Tokenizer, progress: bool) -> UnitStore:

@@ -198,7 +198,8 @@ def _load_units(prefix: Path) -> NDArray[np.int64]:
     path = Path(f"{prefix}{UNITS_SUFFIX}")
     if not path.is_file():
         raise DataError(f"{path} is missing\n  -> prepare the data again (zj prepare)")
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    table: NDArray[np.int64] = np.load(path, mmap_mode="r", allow_pickle=False)
+    return table
 
 
 def _row(ids: NDArray[Any], lengths: Sequence[int], rank: int) -> StoredRow:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, overload
 
-from megatron_zj.config.data import ChatConfig, CorpusConfig, DataConfig, PreferenceConfig, PromptsConfig
+from megatron_zj.config.data import CorpusConfig, DataConfig
 from megatron_zj.data.batch import Batch
 from megatron_zj.data.corpus import Split
 from megatron_zj.data.errors import DataError
@@ -133,6 +133,6 @@ def build_stream(
     units: Units | None
     if isinstance(config, CorpusConfig):
         units = corpus_units(config, tokenizer, seed, split)
-    elif isinstance(config, ChatConfig | PreferenceConfig | PromptsConfig):
+    else:
         units = row_units(config, tokenizer, split, progress=progress)
     return None if units is None else OrderedStream(units, seed, shuffle=split == "train")

@@ -165,9 +165,10 @@ class HFTokenizer(Tokenizer):
         self.specials = {token.content: token_id for token_id, token in sorted(added.items()) if token.special}
         self.bos_id, self.eos_id = self._named("bos_token"), self._named("eos_token")
         pad = names.get("pad_token", names.get("unk_token", names["eos_token"]))
-        self.pad_id = self._tokenizer.token_to_id(pad)
-        if self.pad_id is None:
+        pad_id = self._tokenizer.token_to_id(pad)
+        if pad_id is None:
             raise DataError(f"the tokenizer folder names pad token {pad!r}, which the vocabulary does not have")
+        self.pad_id = int(pad_id)
 
     def _named(self, key: str) -> int:
         token = self._names.get(key)
