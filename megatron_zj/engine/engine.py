@@ -161,7 +161,7 @@ class Engine:
                 loss = _connected(terms, outputs) * share
                 return loss, sums.weight.to(loss.device, torch.int64), sums
 
-            return stage(packed, objective.wants), loss_of
+            return stage(packed, objective.wants, objective.temperature), loss_of
 
         return forward_step
 

@@ -68,6 +68,8 @@ class Case:
 class Squares:
     """-log p, or half the squared distance of a value or score from a target: one objective for every head."""
 
+    temperature = 1.0
+
     def __init__(self, head: HeadKind) -> None:
         self.wants: tuple[Want, ...] = (WANTS[head],)
 
