@@ -1,0 +1,76 @@
+# Every target sets itself up: an own .venv with the locked versions, made anew only when the lock changes.
+#   make help | make demo | make test          make demo DEVICE=cuda          make test PYTHON=python3.12
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+DEVICE ?= cpu
+ARGS ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
+  $$p -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$p && break; done)
+LOCK := requirements/cpu.txt
+STAMP := $(VENV)/ready-$(shell cat $(LOCK) pyproject.toml setup.py | sha256sum | cut -c1-16)
+
+# A run on CPU sees no GPU; OMP_NUM_THREADS=1 keeps tests that fork ranks from sharing a thread pool.
+ifeq ($(DEVICE),cuda)
+RUN := PYTHONUTF8=1
+else ifeq ($(DEVICE),cpu)
+RUN := CUDA_VISIBLE_DEVICES= PYTHONUTF8=1
+else
+$(error DEVICE=$(DEVICE): say DEVICE=cpu or DEVICE=cuda)
+endif
+ifeq ($(filter help clean,$(or $(MAKECMDGOALS),help)),)
+ifeq ($(PYTHON),)
+$(error no Python 3.11 or 3.12 found: install one, or name it with make ... PYTHON=/path/to/python3.11)
+endif
+endif
+TEST := $(RUN) OMP_NUM_THREADS=1 $(PY)
+
+.PHONY: help setup demo test test-long bench kernels gpu-check lint format lock wheel clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## only the environment (.venv) that all the others use
+
+$(STAMP): $(LOCK) pyproject.toml setup.py
+	@echo "setting up $(VENV) with $(PYTHON): some minutes the first time, nothing when the lock has not changed"
+	@$(PY) -c '$(SUPPORTED)' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r $(LOCK)
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@rm -f $(VENV)/ready-* && touch $@
+
+demo: $(STAMP)  ## raw text to an aligned model in minutes, with a report: runs/demo/report.html (DEVICE=cuda uses a GPU)
+	@$(RUN) $(PY) tools/run_demo.py --device $(DEVICE) $(ARGS)
+
+test: $(STAMP)  ## lint, types and every default test, in stages with their seconds (ARGS="--only unit,ranks")
+	@$(TEST) tools/run_tests.py $(ARGS)
+
+test-long: $(STAMP)  ## the long forms: kill campaigns, seeds, the whole layout matrix
+	@$(TEST) tools/run_tests.py --long $(ARGS)
+
+bench: $(STAMP)  ## measurements side by side: training step, packing, generation
+	@$(RUN) $(PY) tools/bench_step.py $(ARGS)
+
+kernels: $(STAMP)  ## the kernels alone: references, and Triton where it can run
+	@$(TEST) tools/run_tests.py --only kernels $(ARGS)
+
+gpu-check: $(STAMP)  ## what needs a GPU: the marked tests and the kernels on the device
+	@PYTHONUTF8=1 $(PY) tools/run_tests.py --gpu $(ARGS)
+
+lint: $(STAMP)  ## ruff and mypy
+	@$(TEST) tools/run_tests.py --only ruff,mypy $(ARGS)
+
+format: $(STAMP)  ## let ruff rewrite what it can
+	@$(PY) -m ruff check --fix . ; $(PY) -m ruff format .
+
+lock:  ## write requirements/cpu.txt anew from pyproject.toml (an empty environment; takes minutes)
+	@PYTHON=$(PYTHON) tools/make_lock.sh $(LOCK)
+
+wheel: $(STAMP)  ## dist/megatron_zj-*.whl
+	@$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist . && ls dist
+
+clean:  ## remove the environment and what tools leave behind; runs/ stays
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
