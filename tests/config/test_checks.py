@@ -1,0 +1,243 @@
+"""Whole-configuration checks: each refuses one impossible run and names the key to change."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_zj.config.checks import check, missing_inputs, require
+from megatron_zj.config.derived import optimizer_steps, placements
+from megatron_zj.config.loader import ConfigError, load
+from megatron_zj.config.run import RunConfig
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    result = dict(below)
+    for key, value in above.items():
+        nested = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if nested else value
+    return result
+
+
+def config(**changes: Any) -> RunConfig:
+    start = {"algorithm": {"kind": "pretrain"}, "data": {"kind": "corpus", "sequence_length": 128}}
+    return load(RunConfig, merged(start, changes))
+
+
+def ppo(**changes: Any) -> RunConfig:
+    start = {
+        "algorithm": {"kind": "ppo", "reward": {"load": "rm"}},
+        "data": {"kind": "prompts", "max_length": 64},
+        "checkpoint": {"load": "sft"},
+        "world_size": 4,
+    }
+    return load(RunConfig, merged(start, changes))
+
+
+def errors(run: RunConfig, world_size: int | None = None, **options: Any) -> list[str]:
+    options = {"files": False, **options}
+    return [str(finding) for finding in check(run, world_size, **options) if finding.level == "error"]
+
+
+def notes(run: RunConfig) -> list[str]:
+    return [str(finding) for finding in check(run, files=False) if finding.level == "note"]
+
+
+def test_a_sound_run_has_no_findings() -> None:
+    assert check(config(world_size=8, parallel={"tp": 2, "pp": 2}), files=False) == []
+    assert check(ppo(), files=False) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"world_size": 0}, "world_size: must be >= 1"),
+        ({"world_size": 6, "parallel": {"tp": 4}}, "parallel: tp 4 x pp 1 x cp 1 = 4 does not divide the 6 ranks"),
+        ({"world_size": 8, "parallel": {"tp": 8}}, "parallel.tp: model.num_attention_heads = 4 is not divisible by"),
+        (
+            {"world_size": 4, "parallel": {"tp": 4}, "model": {"num_query_groups": 2}},
+            "parallel.tp: model.num_query_groups = 2 is not divisible by tp = 4; use a tp of 1 or 2",
+        ),
+        (
+            {"world_size": 2, "parallel": {"tp": 2}, "model": {"vocab_multiple": 1}},
+            "parallel.tp: model.vocab_multiple = 1 is not divisible by tp = 2; use a tp of 1, or model.vocab_multiple",
+        ),
+        (
+            {"world_size": 2, "parallel": {"tp": 2}, "model": {"ffn_hidden_size": 351}},
+            "parallel.tp: model.ffn_hidden_size = 351 is not divisible by tp = 2",
+        ),
+        (
+            {"world_size": 2, "parallel": {"pp": 2, "vpp": 4}},
+            "parallel.pp: model.num_layers = 4 is not divisible by pp x vpp = 8",
+        ),
+        (
+            {"data": {"sequence_length": 513}, "engine": {"micro_batch_tokens": 4096}},
+            "data.sequence_length: data.sequence_length = 513 exceeds model.max_position_embeddings = 512",
+        ),
+        ({"data": {"sequence_length": 1}}, "data.sequence_length: a sequence of 1 tokens has nothing to predict"),
+        (
+            {"engine": {"micro_batch_tokens": 100}},
+            "engine.micro_batch_tokens: 100 is less than the longest row (data.sequence_length = 128); raise it to 128",
+        ),
+        (
+            {"world_size": 16, "algorithm": {"global_batch_size": 8}},
+            "algorithm.global_batch_size: 8 < dp = 16 of placement 'all'",
+        ),
+        ({"algorithm": {"global_batch_size": 0}}, "algorithm.global_batch_size: must be >= 1, got 0"),
+        ({"run": {"num_steps": 0}}, "run.num_steps: must be >= 1"),
+        ({"algorithm": {"kind": "sft"}}, "data: algorithm=sft learns from data=chat, got data=corpus"),
+        ({"data": {"files": ["a"], "weights": [1, 2]}}, "data.weights: 2 weights for 1 data.files"),
+        ({"data": {"files": ["a"], "weights": [0]}}, "data.weights: must be >= 0 and sum to more than 0"),
+        ({"data": {"validation_fraction": 1.0}}, "data.validation_fraction: must be at least 0 and less than 1"),
+        ({"model": {"dropout": 1.0}}, "model.dropout: must be in [0, 1)"),
+        (
+            {"engine": {"recompute": "full", "recompute_num_layers": 5}},
+            "engine.recompute_num_layers: 5 is not in 1..4",
+        ),
+        ({"algorithm": {"model": {"placement": "al"}}}, "algorithm.model.placement: no placement 'al'; did you mean"),
+        ({"placements": {"all": {}}}, "placements.all: the name is taken"),
+    ],
+)
+def test_an_impossible_run_is_refused_with_the_key_to_change(changes: dict[str, Any], expected: str) -> None:
+    found = errors(config(**changes))
+    assert len(found) == 1, found
+    assert found[0].startswith(expected)
+
+
+def test_the_number_of_running_ranks_must_be_the_configured_one() -> None:
+    assert errors(config(world_size=4), 2) == [
+        "world_size: the configuration is laid out for 4 ranks and 2 are running; start 4, or write world_size=2"
+    ]
+    assert errors(config(world_size=4), 4) == errors(config(), 7, files=False) == []
+
+
+def test_a_prompt_and_its_answer_must_fit_the_positions_together() -> None:
+    found = errors(ppo(data={"max_length": 400}, algorithm={"sampling": {"max_new_tokens": 200}}))
+    assert found == [
+        "data.max_length: data.max_length + algorithm.sampling.max_new_tokens = 600 exceeds "
+        "model.max_position_embeddings = 512; lower data.max_length or algorithm.sampling.max_new_tokens, or raise the "
+        "positions (a checkpoint has a fixed number)"
+    ]
+
+
+def test_a_role_with_its_own_engine_is_checked_with_it() -> None:
+    (found,) = errors(ppo(algorithm={"critic": {"engine": {"micro_batch_tokens": 64}}}))
+    assert found.startswith("algorithm.critic.engine.micro_batch_tokens: 64 is less than the longest row")
+
+
+SPLIT = {
+    "placements": {
+        "policy": {"num_ranks": 2, "parallel": {"tp": 2}},
+        "value": {"first_rank": 2, "num_ranks": 2, "parallel": {"pp": 2}},
+    },
+    "algorithm": {
+        "actor": {"placement": "policy"},
+        "reference": {"placement": "policy"},
+        "critic": {"placement": "value"},
+        "reward": {"placement": "value"},
+    },
+}
+
+
+def test_split_placements_are_blocks_of_their_own_layout() -> None:
+    run = ppo(**SPLIT)
+    assert errors(run) == []
+    policy, value = placements(run)
+    assert (policy.first_rank, policy.num_ranks, policy.dp, policy.roles) == (0, 2, 1, ("actor", "reference"))
+    assert (value.first_rank, value.num_ranks, value.dp, value.key) == (2, 2, 1, "placements.value.parallel")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"placements": {"value": {"first_rank": 1}}},
+            "placements.value.parallel: placements 'policy' and 'value' share",
+        ),
+        (
+            {"placements": {"value": {"num_ranks": 4}}},
+            "placements.value.num_ranks: ranks 2 to 5 are not inside a world",
+        ),
+        (
+            {"placements": {"value": {"parallel": {"tp": 2}}}},
+            "placements.value.parallel: tp 2 x pp 2 x cp 1 = 4 does not",
+        ),
+        (
+            {"algorithm": {"reward": {"placement": "all"}}},
+            "placements.policy.parallel: placements 'all' and 'policy' sh",
+        ),
+        (
+            {"placements": {"policy": {"num_ranks": 1}}, "algorithm": {"kl_coef": 0.1}},
+            "placements.policy.parallel: tp 2 x pp 1 x cp 1 = 2 does not divide the 1 ranks of placement 'policy'",
+        ),
+    ],
+)
+def test_placements_that_collide_or_do_not_fit_are_refused(changes: dict[str, Any], expected: str) -> None:
+    found = errors(ppo(**merged(SPLIT, changes)))
+    assert found[0].startswith(expected), found
+
+
+def test_a_minibatch_must_divide_the_samples_of_a_step() -> None:
+    with pytest.raises(ConfigError, match="algorithm: minibatch_size 5 must divide"):
+        ppo(algorithm={"minibatch_size": 5})
+
+
+def test_optimizer_steps_of_ppo_count_epochs_and_minibatches() -> None:
+    run = ppo(run={"num_steps": 3}, algorithm={"epochs": 2, "prompts_per_step": 8, "minibatch_size": 4})
+    assert optimizer_steps(run) == 3 * 2 * 2
+
+
+def test_advice_is_a_note_and_does_not_stop_the_run() -> None:
+    run = config(
+        world_size=3,
+        optim={"warmup_steps": 200},
+        model={"dropout": 0.1},
+        placements={"idle": {}},
+        algorithm={"global_batch_size": 8},
+    )
+    assert errors(run) == []
+    assert [note.split(":")[0] for note in notes(run)] == [
+        "placements.idle",
+        "model.dropout",
+        "algorithm.global_batch_size",
+        "optim.warmup_steps",
+    ]
+    require(config(data={"files": ["x"]}), files=False)
+
+
+def test_transformer_engine_is_asked_for_only_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = config(model={"kernels": "te"})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (found,) = errors(run)
+    assert found.startswith("model.kernels: te needs Transformer Engine, which is not installed here")
+    assert errors(run, here=False) == []  # a configuration for another machine
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert errors(run) == []
+
+
+def test_named_files_must_exist(tmp_path: Path) -> None:
+    run = config(
+        data={"files": [str(tmp_path / "corpus"), str(tmp_path / "gone")]},
+        tokenizer={"path": str(tmp_path / "tokenizer.model")},
+        checkpoint={"load": str(tmp_path / "stage_one")},
+    )
+    for name in ("corpus.bin", "corpus.idx"):
+        (tmp_path / name).touch()
+    assert errors(run, files=True) == [
+        f"data.files[1]: {tmp_path}/gone does not exist (nor .bin and .idx of that prefix); zj prepare makes them",
+        f"tokenizer.path: {tmp_path}/tokenizer.model does not exist",
+        f"checkpoint.load: {tmp_path}/stage_one does not exist",
+    ]
+
+
+def test_inputs_nobody_named_stop_a_run_but_not_a_check() -> None:
+    run = ppo(checkpoint={"load": None}, algorithm={"reward": {"load": None}})
+    assert errors(run) == []
+    keys = [finding.key for finding in missing_inputs(run)]
+    assert keys == ["data.files", "tokenizer.path", "checkpoint.load", "algorithm.reward.load"]
+    with pytest.raises(ConfigError) as caught:
+        require(run)
+    assert len(caught.value.problems) == 4
