@@ -1,0 +1,62 @@
+"""``zj check``: the whole answer of the command, as a user gets it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_zj.cli.compose import compose_run, save_frozen
+from megatron_zj.cli.main import main
+
+
+def zj_check(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    code = main(["check", *argv])
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+def test_it_prints_the_grid_and_the_arithmetic_of_a_large_run(capsys: pytest.CaptureFixture[str]) -> None:
+    code, shown, _ = zj_check(capsys, "experiment=zhongjing/pretrain", "world_size=64")
+    assert code == 0
+    assert "all: ranks 0-63 = pp 1 x dp 16 x cp 1 x tp 4, sequence parallel; holds model" in shown
+    assert "tp       [0-3] [4-7] [8-11] [12-15] ... (16 groups)" in shown
+    assert "dp       [0,4,..,60] [1,5,..,61]" in shown
+    assert "64 rows over dp 16 = 4 a rank, 32,768 tokens" in shown
+    assert "to give    data.files: empty" in shown
+    assert shown.endswith("ok\n")
+
+
+def test_every_experiment_can_be_described(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("demo/pretrain", "demo/sft", "demo/reward", "demo/ppo", "zhongjing/ppo"):
+        code, shown, _ = zj_check(capsys, f"experiment={name}", "--elsewhere")
+        assert code == 0, shown
+
+
+def test_an_impossible_layout_is_an_error_without_a_grid(capsys: pytest.CaptureFixture[str]) -> None:
+    code, shown, _ = zj_check(capsys, "experiment=demo/sft", "parallel.tp=3", "--no-files")
+    assert code == 1
+    assert "ERROR      parallel: tp 3 x pp 1 x cp 1 = 3 does not divide the 2 ranks" in shown
+    assert shown.endswith("1 error\n")
+
+
+def test_missing_files_are_errors_unless_the_run_is_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    gone = "data.files=[gone.jsonl]"
+    code, shown, _ = zj_check(capsys, "experiment=debug/sft", gone)
+    assert code == 1
+    assert "ERROR      data.files[0]: gone.jsonl does not exist" in shown
+    assert zj_check(capsys, "experiment=debug/sft", gone, "--elsewhere")[0] == 0
+    assert zj_check(capsys, "--no-files", "experiment=debug/sft", gone)[0] == 0
+
+
+def test_a_mistyped_key_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    code, shown, complaint = zj_check(capsys, "optim.lrr=1")
+    assert (code, shown) == (1, "")
+    assert complaint.splitlines()[0] == "error: optim.lrr: unknown key; did you mean 'lr'?"
+
+
+def test_a_frozen_file_can_be_checked_and_shown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    save_frozen(compose_run(["experiment=debug/pretrain"]), tmp_path / "config.yaml")
+    code, shown, _ = zj_check(capsys, "--config", str(tmp_path / "config.yaml"), "--show")
+    assert code == 0
+    assert "vocab_multiple: 64" in shown

@@ -1,0 +1,87 @@
+"""``zj``: dispatch, and how errors look."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+
+from megatron_zj.cli import main as cli
+from megatron_zj.config.loader import ConfigError
+
+
+def test_without_a_command_it_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("train", "prepare", "convert", "evaluate", "generate", "chat", "check", "launch", "tokenizer"):
+        assert f"\n  {name} " in shown
+
+
+def test_an_unknown_command_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["trian"]) == 2
+    assert "did you mean 'train'?" in capsys.readouterr().err
+
+
+def test_a_command_is_imported_only_when_called_and_gets_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    module = types.ModuleType("megatron_zj.cli.chat")
+    module.main = lambda argv: seen.append(argv) or 7  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "megatron_zj.cli.chat", module)
+    assert cli.main(["chat", "--debug", "a=1"]) == 7
+    assert seen == [["a=1"]]
+
+
+class OwnError(RuntimeError):
+    """Stands for an error type of this package."""
+
+
+OwnError.__module__ = "megatron_zj.data.errors"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ConfigError(["a: wrong", "b: wrong"]), "error: a: wrong\n  b: wrong\n"),
+        (OwnError("record 3 is empty"), "error: record 3 is empty\n"),
+        (FileNotFoundError(2, "No such file or directory", "x.jsonl"), "error: x.jsonl: No such file or directory\n"),
+        (OSError(28, "No space left on device", "ckpt"), "error: ckpt: No space left on device\n"),
+    ],
+)
+def test_an_error_of_the_users_is_one_message_without_a_traceback(
+    error: Exception, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: list[str]) -> int:
+        raise error
+
+    assert cli.guarded(fail, []) == 1
+    assert capsys.readouterr().err == expected + "(add --debug for the traceback)\n"
+    assert cli.guarded(fail, ["--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(_: list[str]) -> int:
+        raise KeyError("x")
+
+    assert cli.guarded(fail, []) == 1
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown
+    assert "please report" in shown
+
+
+def test_a_message_stays_on_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(_: list[str]) -> int:
+        raise ValueError("\n".join(str(i) for i in range(500)))
+
+    assert cli.guarded(fail, []) == 1
+    assert len(capsys.readouterr().err.splitlines()) < 40
+
+
+def test_an_interrupt_is_no_error_of_anyones(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(_: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    assert cli.guarded(interrupt, []) == 130
+    assert capsys.readouterr().err == "interrupted\n"
