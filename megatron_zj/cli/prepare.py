@@ -1,4 +1,4 @@
-"""``zj prepare tokenizer.path=... data.files=[...] out=DIR``: raw text, dialogues and rankings prepared for training."""
+"""``zj prepare tokenizer.path=... data.files=[...] out=DIR``: raw files into a folder that training reads."""
 
 from __future__ import annotations
 

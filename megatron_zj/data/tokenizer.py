@@ -130,6 +130,11 @@ class SentencePieceTokenizer(Tokenizer):
         return _digest(b"sentencepiece", self._model, json.dumps(sorted(self._added.items())).encode())
 
     @property
+    def added(self) -> dict[str, int]:
+        """Tokens after the model's pieces, with their ids."""
+        return dict(self._added)
+
+    @property
     def model(self) -> bytes:
         """The serialised SentencePiece model."""
         return self._model

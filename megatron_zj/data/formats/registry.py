@@ -87,10 +87,15 @@ def raw_items(path: Path, form: Format) -> Iterator[Item]:
 
 def convert_item(item: Item, form: Format, kind: Kind) -> Record:
     """The canonical record a stream of this kind needs.  Raises BadRecord."""
+    return derive(convert_any(item, form), kind)
+
+
+def convert_any(item: Item, form: Format) -> Record:
+    """The canonical record of the format's own kind.  Raises BadRecord."""
     if item.error is not None:
         raise item.error
     try:
-        return derive(form.convert(item.value), kind)
+        return form.convert(item.value)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         missing = isinstance(error, KeyError)
         reason = f"the record has no {error}" if missing else f"the record is not shaped as {form.name}: {error}"
