@@ -42,6 +42,7 @@ class Optimizer:
         self.optim = optim
         self.learning_rate = learning_rate
         self.steps = 0  # optimizer steps taken, skipped ones not counted
+        self._sum_to_mean = _sum_to_mean(engine)
         with placement_world(groups):  # construction gathers the parameter groups over the default group
             chained = get_megatron_optimizer(
                 _config(engine, optim), chunks, use_gloo_process_groups=False, pg_collection=groups.pgc
@@ -55,11 +56,11 @@ class Optimizer:
 
     @property
     def loss_scale(self) -> float:
-        """What the loss is multiplied with before the backward pass (1 except in fp16)."""
-        return float(self.chained.get_loss_scale().item())
+        """What a full micro-batch's mean loss is multiplied with before the backward pass (1 except in fp16)."""
+        return float(self.chained.get_loss_scale().item()) * self._sum_to_mean
 
     def scale_loss(self, loss: Tensor) -> Tensor:
-        """The loss times the loss scale."""
+        """The summed loss times its scale."""
         scaled: Tensor = self.chained.scale_loss(loss)
         return scaled
 
@@ -96,8 +97,19 @@ class Optimizer:
         return StepReport(lr, grad_norm, skipped=False)
 
 
+def _sum_to_mean(engine: EngineConfig) -> float:
+    """Loss scales are meant for means, but our losses are sums over a micro-batch, thousands of times as large.
+
+    The scale of the sum is the configured one by the budget of a micro-batch, rounded up to a power of two.  Without
+    it, fp16's first gradients (65536 times a token's) overflow at once.
+    """
+    if engine.precision != "fp16":
+        return 1.0
+    return float(2 ** math.ceil(math.log2(engine.micro_batch_tokens)))
+
+
 def _config(engine: EngineConfig, optim: OptimConfig) -> Any:
-    scale = engine.loss_scale
+    scale, divisor = engine.loss_scale, _sum_to_mean(engine)
     return OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
@@ -112,9 +124,9 @@ def _config(engine: EngineConfig, optim: OptimConfig) -> Any:
         params_dtype=DTYPES[engine.precision],
         use_distributed_optimizer=engine.distributed_optimizer,
         overlap_param_gather=engine.overlap_param_gather,
-        loss_scale=scale.initial if engine.precision == "fp16" and scale.window == 0 else None,
-        initial_loss_scale=scale.initial,
-        min_loss_scale=scale.minimum,
+        loss_scale=scale.initial / divisor if engine.precision == "fp16" and scale.window == 0 else None,
+        initial_loss_scale=scale.initial / divisor,
+        min_loss_scale=scale.minimum / divisor,
         loss_scale_window=max(1, scale.window),
         hysteresis=scale.hysteresis,
     )

@@ -9,7 +9,7 @@ in place; the step count travels once, and every parameter keeps a ``step`` of i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +42,12 @@ def sharded_tensors(
     """Sharded tensors of the moments and main weights, by chunk and parameter; collective over data parallelism.
 
     ``model_state``: the sharded state of the same modules.  ``loading``: only shapes matter, nothing is gathered.
+    Saving the distributed optimizer's shards, the first data-parallel rank alone has something to describe.
     """
     prime(optimizer)
     described, _ = extract_sharded_tensors_and_factories(dict(model_state))
     by_parameter = {id(entry.data): entry for entry in nested_values(described)}
-    whole = whole_tensors(optimizer, loading)
+    whole = whole_tensors(optimizer, loading, everywhere=loading)
     result: dict[str, dict[str, Any]] = {}
     for name, parameter in _named(modules):
         if not parameter.requires_grad:
@@ -121,8 +122,12 @@ def _shard_of(optimizer: Optimizer, parameter: Parameter) -> _Shard | None:
     return _Shard(tensors, part.start, part.end)
 
 
-def whole_tensors(optimizer: Optimizer, loading: bool) -> Any:
-    """A function from a parameter to its state tensors in the parameter's shape."""
+def whole_tensors(optimizer: Optimizer, loading: bool, everywhere: bool) -> Callable[[Parameter], dict[str, Tensor]]:
+    """A function from a parameter to its state tensors in the parameter's shape; collective over data parallelism.
+
+    ``loading``: zeros of that shape.  ``everywhere``: on all data-parallel ranks, else on the first one; the others'
+    function gives nothing.
+    """
     inner = optimizer.inner
     if not isinstance(inner, DistributedOptimizer):
 
@@ -131,7 +136,11 @@ def whole_tensors(optimizer: Optimizer, loading: bool) -> Any:
             return {} if shard is None else {key: value.view(parameter.shape) for key, value in shard.tensors.items()}
 
         return own
-    gathered = inner.get_parameter_state_dp_zero(use_gloo_comm=False, empty_data=loading, return_on_all_ranks=True)
+    gathered = inner.get_parameter_state_dp_zero(
+        use_gloo_comm=False, empty_data=loading, return_on_all_ranks=everywhere
+    )
+    if gathered is None:
+        return lambda parameter: {}
     places: dict[Parameter, tuple[dict[str, Tensor], int, int]] = {}
     for index, buffer in enumerate(inner.buffers):
         (world,) = gathered[index].values()

@@ -192,7 +192,7 @@ def first_gradients(engine: Engine) -> dict[str, Tensor]:
     After one step exp_avg is (1 - beta1) times the gradient, on whatever optimizer.
     """
     assert engine.optimizer is not None
-    whole = whole_tensors(engine.optimizer, loading=False)
+    whole = whole_tensors(engine.optimizer, loading=False, everywhere=True)
     return read_parameters(
         engine.chunks, engine.groups, lambda parameter: whole(parameter)["exp_avg"] / (1 - OPTIM.beta1)
     )

@@ -1,0 +1,102 @@
+"""Forward passes: the head's answers, in row order, against the reference; evaluation; frozen engines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_zj.config.optim import EngineConfig
+from megatron_zj.config.parallel import ParallelConfig
+from megatron_zj.data.batch import GROUP, Batch
+from tests.engine.training import (
+    MODEL,
+    Case,
+    Squares,
+    global_batch,
+    initial_weights,
+    make_engine,
+    make_groups,
+    reference,
+    shard_of,
+)
+from tests.helpers.ranks import run_ranks
+from tests.helpers.reference_llama import ReferenceLlama
+
+
+def _case(head: str, tokens: int = 40, **axes: Any) -> Case:
+    return Case(ParallelConfig(**axes), EngineConfig(micro_batch_tokens=tokens), head)  # type: ignore[arg-type]
+
+
+def _infer(case: Case, empty: bool) -> dict[str, Any]:
+    groups = make_groups(case)
+    engine = make_engine(case, groups, optim=None)
+    batch = shard_of(global_batch(0).select([2, 1, 4, 0, 3][: 1 if empty else 5]), groups)
+    # Rows 0 and 2 of a shard belong together, so packs do not hold the rows in order.
+    batch = batch.with_fields(per_row={GROUP: torch.tensor([5, 6, 5, 6, 7][: batch.num_rows])})
+    wants: Any = {"lm": ("logprobs", "entropy"), "value": ("values",), "score": ("scores",)}[case.head]
+    found = engine.infer(wants, batch, temperature=0.7)
+    objective = Squares(case.head)
+    metrics = engine.evaluate(objective, batch) if not empty else {}
+    with pytest.raises(ValueError, match="frozen"):
+        engine.update(objective, batch)
+    assert not any(parameter.requires_grad for chunk in engine.chunks for parameter in chunk.parameters())
+    _compare(case, groups.is_last_stage, found, batch)
+    return {"rows": batch.num_rows, "metrics": metrics}
+
+
+def _several(cases: list[Case], empty: bool = False) -> list[dict[str, Any]]:
+    return [_infer(case, empty) for case in cases]
+
+
+@torch.no_grad()
+def _compare(case: Case, last: bool, answers: Any, batch: Batch) -> None:
+    if not last:
+        assert answers is None
+        return
+    network = ReferenceLlama(MODEL, case.head, state=initial_weights(MODEL, case.head))
+    for want, found in answers.items():
+        if want == "scores":
+            values, truth = found, network.outputs(batch.tokens.split(), want) if batch.num_rows else found[:0]
+        else:
+            assert found.lengths.tolist() == batch.tokens.lengths.tolist()
+            values = found.values
+            truth = network.outputs(batch.tokens.split(), want, 0.7) if batch.num_rows else values[:0]
+        torch.testing.assert_close(values, truth, rtol=0, atol=2e-6)
+
+
+def test_answers_of_one_and_two_ranks_are_the_references() -> None:
+    single = [_case("lm"), _case("value"), _case("score"), _case("lm", 1)]
+    alone = run_ranks(1, _several, single)[0]
+    assert all(result["metrics"]["weight"] > 0 for result in alone)
+    double = [
+        _case("lm", tp=2, sequence_parallel=True),
+        _case("lm", pp=2, vpp=2),
+        _case("lm", cp=2),
+        _case("value", cp=2),
+        _case("score", cp=2),
+        _case("score", pp=2),
+        _case("lm"),
+    ]
+    by_rank = run_ranks(2, _several, double)
+    same = {"lm": alone[0], "value": alone[1], "score": alone[2]}
+    for index, case in enumerate(double):  # the batch's averages are the same everywhere, and on one rank
+        assert by_rank[0][index]["metrics"] == by_rank[1][index]["metrics"]
+        assert by_rank[0][index]["metrics"] == pytest.approx(same[case.head]["metrics"], abs=2e-6)
+
+
+def test_a_shard_without_rows_answers_with_none() -> None:
+    cases = [_case("lm"), _case("score"), _case("value")]
+    by_rank = run_ranks(2, _several, cases, True)
+    assert [[result["rows"] for result in results] for results in by_rank] == [[1, 1, 1], [0, 0, 0]]
+
+
+def test_evaluation_is_the_loss_of_the_update_that_follows() -> None:
+    result = run_ranks(1, _evaluate_then_update)[0]
+    assert result[0]["loss"] == result[1]["loss"] == pytest.approx(reference().losses[0], abs=1e-6)
+
+
+def _evaluate_then_update() -> tuple[Any, Any]:
+    engine = make_engine(Case())
+    return engine.evaluate(Squares("lm"), global_batch(0)), engine.update(Squares("lm"), global_batch(0))
