@@ -72,7 +72,7 @@ class PPO:
     ) -> None:
         self.config, self.models, self.prompts, self.rollout = config, roles, prompts, rollout
         self.world, self.seed, self.timers, self.scale = world, seed, timers, scale
-        self.policy_objective = PolicyObjective(config.clip_ratio, config.entropy_coef)
+        self.policy_objective = PolicyObjective(config.clip_ratio, rollout.temperature, config.entropy_coef)
         self.value_objective = ValueObjective(config.clip_value)
         self.num_steps_done = 0
 
@@ -189,6 +189,7 @@ class PolicyObjective:
     """The clipped surrogate over response tokens, minus an optional entropy bonus."""
 
     clip_ratio: float
+    temperature: float  # the rollout's: the policy is what was sampled from
     entropy_coef: float = 0.0
 
     @property
@@ -221,6 +222,7 @@ class ValueObjective:
 
     clip_value: float
     wants: tuple[Want, ...] = ("values",)
+    temperature: float = 1.0  # no logits here
 
     def weight(self, batch: PackedBatch) -> Tensor:
         """Response tokens."""

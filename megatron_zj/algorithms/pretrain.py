@@ -15,6 +15,7 @@ class NextToken:
     """Minus the log-probability of every token whose ``loss_mask`` is 1, per such token."""
 
     wants: tuple[Want, ...] = ("logprobs",)
+    temperature = 1.0
 
     def weight(self, batch: PackedBatch) -> Tensor:
         """Predicted tokens that carry loss."""

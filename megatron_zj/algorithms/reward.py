@@ -23,6 +23,7 @@ class RankedGroups:
 
     centering: float = 0.0
     wants: tuple[Want, ...] = ("scores",)
+    temperature: float = 1.0  # no logits here
 
     def weight(self, batch: PackedBatch) -> Tensor:
         """Groups that have at least one pair."""

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from torch import Tensor
-
-from megatron_zj.config.model import Want
-from megatron_zj.data.packing import PackedBatch
 from megatron_zj.data.stream import Stream
-from megatron_zj.engine.objective import LossTerms, Metrics
+from megatron_zj.engine.objective import Metrics, Objective
 from megatron_zj.roles.role import Role
 from megatron_zj.roles.world import World, WorldBatch
 from megatron_zj.runtime.timers import Timers
 
 
-class SupervisedObjective(Protocol):
+class SupervisedObjective(Objective, Protocol):
     """An engine's objective that also turns its averaged sums into what a person wants to read."""
 
-    wants: tuple[Want, ...]
-
-    def weight(self, batch: PackedBatch) -> Tensor: ...
-
-    def __call__(self, outputs: dict[str, Tensor], batch: PackedBatch) -> LossTerms: ...
-
-    def summarise(self, metrics: Metrics) -> Metrics: ...
+    def summarise(self, metrics: Metrics) -> Metrics:
+        """Metrics by the global weight, made readable."""
 
 
 class Supervised:

@@ -29,7 +29,13 @@ class Objective(Protocol):
     engine counts them once.
     """
 
-    wants: tuple[Want, ...]
+    @property
+    def wants(self) -> tuple[Want, ...]:
+        """What the head is asked for."""
+
+    @property
+    def temperature(self) -> float:
+        """Divides the logits before log-probabilities and entropy: 1, or a rollout's sampling temperature."""
 
     def weight(self, batch: PackedBatch) -> Tensor:
         """This micro-batch's share of the denominator: tokens, or pairs; an integer scalar."""
