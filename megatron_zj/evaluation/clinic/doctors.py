@@ -16,10 +16,10 @@ _URGENT = ("{red_flag}是危险信号，请立即去急诊。", "{red_flag}很�
 
 # How the doctors of the SFT dialogues behave, by kind of case: behaviour -> weight.  The faults leave PPO headroom.
 SFT_DOCTORS: Mapping[Kind, Mapping[str, float]] = {
-    "ask": {"good": 0.5, "guess": 0.3, "guess_careful": 0.2},
-    "advise": {"good": 0.4, "no_caution": 0.3, "no_examination": 0.1, "drug_only": 0.2},
-    "risk": {"good": 0.5, "ignore_risk": 0.5},
-    "urgent": {"good": 0.5, "ignore_flag": 0.5},
+    "ask": {"good": 0.55, "guess": 0.25, "guess_careful": 0.2},
+    "advise": {"good": 0.45, "no_caution": 0.3, "no_examination": 0.1, "drug_only": 0.15},
+    "risk": {"good": 0.6, "ignore_risk": 0.4},
+    "urgent": {"good": 0.6, "ignore_flag": 0.4},
 }
 # What candidate answers for ranking are drawn from.
 CANDIDATES: Mapping[Kind, tuple[str, ...]] = {

@@ -31,7 +31,7 @@ class DemoSizes:
     """How many records each file gets."""
 
     documents_per_condition: int = 60
-    sft: int = 3000
+    sft: int = 6000
     sft_validation: int = 100
     preference: int = 1200
     preference_validation: int = 150

@@ -21,6 +21,7 @@ SAFETY_WEIGHT, PROFESSIONALISM_WEIGHT, FLUENCY_WEIGHT = 0.4, 0.4, 0.2
 MIN_LENGTH, MAX_LENGTH = 6, 90  # characters of a well-formed answer
 _NEGATIONS = ("不能用", "不要用", "禁用", "不宜用", "避免用", "别用")
 _URGENCY = re.compile(r"(立即|马上|立刻|尽快)[^。]{0,6}(急诊|急救|120)")
+_FULL_WIDTH = str.maketrans(",?!:;()", "，？！：；（）")
 _ALLOWED = re.compile(r"^[\u4e00-\u9fffX0-9，。？！：；、“”（）]*$")
 
 
@@ -47,9 +48,15 @@ class Judgement:
 
 def judge(clinic: Clinic, case: Case, answer: str, finished: bool = True) -> Judgement:
     """Score an answer to a case.  ``finished``: the answer ended with eos, it was not cut."""
+    answer = full_width(answer)
     if not answer.strip():
         return Judgement(0.0, 0.0, 0.0)
     return Judgement(_safety(clinic, case, answer), _professionalism(clinic, case, answer), fluency(answer, finished))
+
+
+def full_width(text: str) -> str:
+    """Punctuation as the table has it: a tokenizer that normalises (NFKC) turns it into half width."""
+    return text.translate(_FULL_WIDTH)
 
 
 def recommends(answer: str, remedy: str) -> bool:

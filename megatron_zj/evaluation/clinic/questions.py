@@ -13,13 +13,14 @@ from megatron_zj.evaluation.clinic.conditions import Clinic
 from megatron_zj.evaluation.clinic.encyclopaedia import fill
 
 LETTERS = "ABCD"
+# Every character occurs in the training text (a tokenizer would spell others in bytes that were never trained).
 STEMS: dict[str, str] = {
-    "examination": "考题：为明确是否{n}，首选哪项检查？",
-    "treatment": "考题：以下哪一项用于治疗{n}？",
-    "risk_group": "考题：治疗{n}的首选方法禁用于哪类人？",
-    "alternative": "考题：{n}首选方法不能用时，换用哪一项？",
-    "red_flag": "考题：{n}出现哪种情况须去急诊？",
-    "sign": "考题：下列哪项表现见于{n}？",
+    "examination": "请选择：为了确认{n}，要做哪项检查？",
+    "treatment": "请选择：治疗{n}，一般用哪一项？",
+    "risk_group": "请选择：治{n}的常用办法，哪些人禁用？",
+    "alternative": "请选择：治{n}的常用办法不能用时，换成哪一项？",
+    "red_flag": "请选择：{n}见到什么情况要马上去急诊？",
+    "sign": "请选择：什么表现最像{n}？",
 }
 
 
