@@ -11,8 +11,6 @@ from torch import Tensor
 from kernels import checks, dispatch
 from kernels.attention import reference
 
-HEAD_DIMS = (64, 80, 96, 128, 256)  # what the Triton kernels take
-
 
 def attention(
     q_THD: Tensor,
@@ -106,8 +104,9 @@ def decode_attention(
     _check_heads(num_heads, k_cache_RSKD.shape[2])
     checks.require(window is None or window > 0, f"window must be positive, got {window}")
     scale = dim**-0.5 if softmax_scale is None else float(softmax_scale)
+    backend = dispatch.backend_of(q_RHD)
     with torch.no_grad():
-        return reference.decode(q_RHD, k_cache_RSKD, v_cache_RSKD, lengths_R, scale, window or 0)
+        return _decode(q_RHD, k_cache_RSKD, v_cache_RSKD, lengths_R, scale, window or 0, backend)
 
 
 def _dense(
@@ -250,3 +249,16 @@ def _gradients(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Any, ...]:
 
 
 _attention.register_autograd(_gradients, setup_context=_save)
+
+
+@torch.library.custom_op("zj::decode_attention", mutates_args=())
+def _decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float, window: int, backend: str
+) -> Tensor:
+    form = dispatch.triton_form("attention") if backend == "triton" else reference
+    return form.decode(q, k_cache, v_cache, lengths, scale, window)
+
+
+@_decode.register_fake
+def _(q: Tensor, *args: Any) -> Tensor:
+    return q.new_empty(q.shape)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels import checks
+from kernels import checks, dispatch
 from kernels.gae import reference
 
 
@@ -48,8 +49,28 @@ def gae(
     ends = checks.host_ends(cu_seqlens, cu_seqlens_list, rewards_T.shape[0], "cu_seqlens")
     if bootstrap_R is not None:
         checks.require_shape(bootstrap_R, (cu_seqlens.shape[0] - 1,), "bootstrap_R")
+    backend = dispatch.backend_of(rewards_T)
     with torch.no_grad():
-        advantages_T = reference.forward(
-            rewards_T, values_T, cu_seqlens.tolist() if ends is None else ends, bootstrap_R, gamma, lam
-        )
-        return advantages_T, advantages_T + values_T.to(advantages_T.dtype)
+        return _gae(rewards_T, values_T, cu_seqlens, bootstrap_R, ends, float(gamma), float(lam), backend)
+
+
+@torch.library.custom_op("zj::gae", mutates_args=())
+def _gae(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    bootstrap: Tensor | None,
+    ends: Sequence[int] | None,
+    gamma: float,
+    lam: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        return dispatch.triton_form("gae").forward(rewards, values, cu_seqlens, bootstrap, gamma, lam)
+    return reference.forward(rewards, values, ends or cu_seqlens.tolist(), bootstrap, gamma, lam)
+
+
+@_gae.register_fake
+def _(rewards: Tensor, values: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(rewards.dtype, torch.float32)
+    return rewards.new_empty(rewards.shape, dtype=dtype), rewards.new_empty(rewards.shape, dtype=dtype)

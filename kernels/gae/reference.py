@@ -10,14 +10,14 @@ from torch import Tensor
 
 def forward(
     rewards_T: Tensor, values_T: Tensor, ends: Sequence[int], bootstrap_R: Tensor | None, gamma: float, lam: float
-) -> Tensor:
-    """Advantages [T] in fp32 (fp64 for fp64)."""
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns [T] in fp32 (fp64 for fp64)."""
     wide = torch.promote_types(rewards_T.dtype, torch.float32)
     starts = torch.tensor(ends[:-1], device=rewards_T.device)
     lengths = torch.tensor(ends[1:], device=rewards_T.device) - starts
     advantages = torch.zeros(rewards_T.shape, dtype=wide, device=rewards_T.device)
     if rewards_T.shape[0] == 0:
-        return advantages
+        return advantages, torch.zeros_like(advantages)
     # Rows are aligned at their ends: step s handles token length - 1 - s of every row that long.
     longest = int(lengths.max())
     order = torch.argsort(lengths, descending=True, stable=True)
@@ -32,4 +32,4 @@ def forward(
         after = rewards[index] + gamma * value_after[:count] - value + gamma * lam * after[:count]
         advantages[index] = after
         value_after = value
-    return advantages
+    return advantages, advantages + values

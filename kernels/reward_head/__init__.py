@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from kernels import checks
+from kernels import checks, dispatch
 from kernels.reward_head import reference
 
 
@@ -55,7 +56,8 @@ def reward_head(
         checks.require_shape(bias_1, (1,), "bias_1")
     if norm_weight_D is not None:
         checks.require_shape(norm_weight_D, (hidden_TD.shape[1],), "norm_weight_D")
-    return reference.scores(hidden_TD, last_R, weight_D.reshape(-1), bias_1, norm_weight_D, eps)
+    backend = dispatch.backend_of(hidden_TD)
+    return _reward_head(hidden_TD, last_R, weight_D.reshape(-1), bias_1, norm_weight_D, float(eps), backend)[0]
 
 
 def ranking_loss(
@@ -95,4 +97,115 @@ def ranking_loss(
     checks.require_shape(groups_R, scores_R.shape, "groups_R")
     checks.require_shape(ranks_R, scores_R.shape, "ranks_R")
     checks.require(margin >= 0 and centering >= 0, f"margin and centering must be >= 0, got {margin}, {centering}")
-    return RankingTerms(*reference.ranking(scores_R, groups_R, ranks_R, margin, centering, mean_of_pairs))
+    terms = _ranking(
+        scores_R, groups_R, ranks_R, float(margin), float(centering), mean_of_pairs, dispatch.backend_of(scores_R)
+    )
+    return RankingTerms(*terms[:3])
+
+
+@torch.library.custom_op("zj::reward_head", mutates_args=())
+def _reward_head(
+    hidden: Tensor, last: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, eps: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    form = dispatch.triton_form("reward_head") if backend == "triton" else reference
+    return form.forward(hidden, last, weight, bias, norm, eps)
+
+
+@torch.library.custom_op("zj::reward_head_backward", mutates_args=())
+def _reward_head_backward(
+    dscores: Tensor,
+    hidden: Tensor,
+    last: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    scores: Tensor,
+    rstd: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    form = dispatch.triton_form("reward_head") if backend == "triton" else reference
+    return form.backward(dscores, hidden, last, weight, bias, norm, scores, rstd)
+
+
+@torch.library.custom_op("zj::ranking", mutates_args=())
+def _ranking(
+    scores: Tensor,
+    groups: Tensor,
+    ranks: Tensor,
+    margin: float,
+    centering: float,
+    mean_of_pairs: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    form = dispatch.triton_form("reward_head") if backend == "triton" else reference
+    return form.ranking(scores, groups, ranks, margin, centering, mean_of_pairs)
+
+
+@torch.library.custom_op("zj::ranking_backward", mutates_args=())
+def _ranking_backward(
+    dloss: Tensor,
+    scores: Tensor,
+    groups: Tensor,
+    ranks: Tensor,
+    share: Tensor,
+    pull: Tensor,
+    margin: float,
+    backend: str,
+) -> Tensor:
+    form = dispatch.triton_form("reward_head") if backend == "triton" else reference
+    return form.ranking_gradient(dloss, scores, groups, ranks, share, pull, margin)
+
+
+@_reward_head.register_fake
+def _(hidden: Tensor, last: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    return hidden.new_empty(last.shape, dtype=dtype), hidden.new_empty(last.shape, dtype=dtype)
+
+
+@_reward_head_backward.register_fake
+def _(dscores: Tensor, hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    width = hidden.shape[1]
+    dweight, dbias, dnorm = (dscores.new_empty(size) for size in (width, 1, width))
+    return hidden.new_empty(hidden.shape), dweight, dbias, dnorm
+
+
+@_ranking.register_fake
+def _(scores: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    loss, share, pull = (scores.new_empty(scores.shape, dtype=dtype) for _ in range(3))
+    pairs, correct = (scores.new_empty(scores.shape, dtype=torch.int64) for _ in range(2))
+    return loss, pairs, correct, share, pull
+
+
+@_ranking_backward.register_fake
+def _(dloss: Tensor, scores: Tensor, *args: Any) -> Tensor:
+    return scores.new_empty(scores.shape, dtype=torch.promote_types(scores.dtype, torch.float32))
+
+
+def _save_head(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    hidden, last, weight, bias, norm, _, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(hidden, last, weight, bias, norm, *output)
+
+
+def _gradients_head(ctx: Any, dscores: Tensor, _drstd: Tensor) -> tuple[Any, ...]:
+    _, _, weight, bias, norm, _, _ = ctx.saved_tensors
+    dhidden, dweight, dbias, dnorm = _reward_head_backward(dscores, *ctx.saved_tensors, ctx.backend)
+    given_bias = None if bias is None else dbias.to(bias.dtype)
+    given_norm = None if norm is None else dnorm.to(norm.dtype)
+    return dhidden, None, dweight.to(weight.dtype), given_bias, given_norm, None, None
+
+
+def _save_ranking(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    scores, groups, ranks, ctx.margin, _, _, ctx.backend = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(scores, groups, ranks, *output[3:])
+
+
+def _gradients_ranking(ctx: Any, dloss: Tensor, *_others: Tensor) -> tuple[Any, ...]:
+    dscores = _ranking_backward(dloss, *ctx.saved_tensors, ctx.margin, ctx.backend)
+    return dscores.to(ctx.saved_tensors[0].dtype), *[None] * 6
+
+
+_reward_head.register_autograd(_gradients_head, setup_context=_save_head)
+_ranking.register_autograd(_gradients_ranking, setup_context=_save_ranking)

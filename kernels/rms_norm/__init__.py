@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from kernels import checks
+from kernels import checks, dispatch
 from kernels.rms_norm import reference
 
 
@@ -23,7 +26,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ValueError: shapes, dtypes or devices that do not fit together.
     """
     _check(x, weight, eps)
-    return reference.forward(x, weight, eps)
+    return _rms_norm(x, weight, float(eps), dispatch.backend_of(x))[0]
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -45,8 +48,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     checks.require_shape(residual, x.shape, "residual")
     checks.require(residual.dtype == x.dtype, f"residual must be {x.dtype} like x, got {residual.dtype}")
     checks.require_same_device(x=x, residual=residual)
-    total = x + residual
-    return reference.forward(total, weight, eps), total
+    y, total, _ = _add_rms_norm(x, residual, weight, float(eps), dispatch.backend_of(x))
+    return y, total
 
 
 def _check(x: Tensor, weight: Tensor, eps: float) -> None:
@@ -55,3 +58,72 @@ def _check(x: Tensor, weight: Tensor, eps: float) -> None:
     checks.require(x.dim() >= 1, "x must have a last dimension to normalise")
     checks.require_shape(weight, (x.shape[-1],), "weight")
     checks.require(eps >= 0, f"eps must not be negative, got {eps}")
+
+
+@torch.library.custom_op("zj::rms_norm", mutates_args=())
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+    form = dispatch.triton_form("rms_norm") if backend == "triton" else reference
+    y, _, rstd = form.forward(x, None, weight, eps)
+    return y, rstd
+
+
+@torch.library.custom_op("zj::add_rms_norm", mutates_args=())
+def _add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    form = dispatch.triton_form("rms_norm") if backend == "triton" else reference
+    return form.forward(x, residual, weight, eps)
+
+
+@torch.library.custom_op("zj::rms_norm_backward", mutates_args=())
+def _rms_norm_backward(
+    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    form = dispatch.triton_form("rms_norm") if backend == "triton" else reference
+    return form.backward(dy, dsum, x, weight, rstd)
+
+
+def _empty_rstd(x: Tensor) -> Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty((x.shape[:-1].numel(),), dtype=dtype)
+
+
+@_rms_norm.register_fake
+def _(x: Tensor, weight: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), _empty_rstd(x)
+
+
+@_add_rms_norm.register_fake
+def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape), _empty_rstd(x)
+
+
+@_rms_norm_backward.register_fake
+def _(dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, _, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, weight, output[1])
+
+
+def _gradients(ctx: Any, dy: Tensor, _drstd: Tensor) -> tuple[Any, ...]:
+    dx, dweight = _rms_norm_backward(dy, None, *ctx.saved_tensors, ctx.backend)
+    return dx, dweight, None, None
+
+
+def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, _, weight, _, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(output[1], weight, output[2])
+
+
+def _gradients_sum(ctx: Any, dy: Tensor, dsum: Tensor, _drstd: Tensor) -> tuple[Any, ...]:
+    dx, dweight = _rms_norm_backward(dy, dsum, *ctx.saved_tensors, ctx.backend)
+    return dx, dx, dweight, None, None
+
+
+_rms_norm.register_autograd(_gradients, setup_context=_save)
+_add_rms_norm.register_autograd(_gradients_sum, setup_context=_save_sum)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from kernels import checks
+from kernels import checks, dispatch
 from kernels.rope import reference
 
 
@@ -38,8 +40,8 @@ def rope(x_THD: Tensor, cos_PF: Tensor, sin_PF: Tensor, positions_T: Tensor, *, 
     if in_place:
         recorded = torch.is_grad_enabled() and x_THD.requires_grad
         checks.require(not recorded, "in_place rope would overwrite a tensor autograd needs; use it under no_grad")
-        return x_THD.copy_(reference.rotate(x_THD, cos_PF, sin_PF, positions_T))
-    return reference.rotate(x_THD, cos_PF, sin_PF, positions_T)
+        return _rotate_in_place(x_THD, cos_PF, sin_PF, positions_T)
+    return _rope(x_THD, cos_PF, sin_PF, positions_T, 1.0, dispatch.backend_of(x_THD))
 
 
 def rope_tables(inverse_frequencies_F: Tensor, num_positions: int) -> tuple[Tensor, Tensor]:
@@ -50,3 +52,33 @@ def rope_tables(inverse_frequencies_F: Tensor, num_positions: int) -> tuple[Tens
     positions_P = torch.arange(num_positions, dtype=torch.float64, device=inverse_frequencies_F.device)
     angles_PF = positions_P[:, None] * inverse_frequencies_F.to(torch.float64)[None, :]
     return angles_PF.cos().to(torch.float32), angles_PF.sin().to(torch.float32)
+
+
+def _rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
+    if dispatch.backend_of(x) == "triton" and x.stride(2) == 1:
+        dispatch.triton_form("rope").rotate_into(x, cos, sin, positions, 1.0, x)
+        return x
+    return x.copy_(reference.rotate(x, cos, sin, positions, 1.0))
+
+
+@torch.library.custom_op("zj::rope", mutates_args=())
+def _rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, sign: float, backend: str) -> Tensor:
+    form = dispatch.triton_form("rope") if backend == "triton" else reference
+    return form.rotate(x, cos, sin, positions, sign)
+
+
+@_rope.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, sign: float, backend: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, cos, sin, positions, ctx.sign, ctx.backend = inputs
+    ctx.save_for_backward(cos, sin, positions)
+
+
+def _gradient(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    return _rope(dy, *ctx.saved_tensors, -ctx.sign, ctx.backend), None, None, None, None, None
+
+
+_rope.register_autograd(_gradient, setup_context=_save)

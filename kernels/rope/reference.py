@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def rotate(x_THD: Tensor, cos_PF: Tensor, sin_PF: Tensor, positions_T: Tensor, sign: float = 1.0) -> Tensor:
+def rotate(x_THD: Tensor, cos_PF: Tensor, sin_PF: Tensor, positions_T: Tensor, sign: float) -> Tensor:
     """Rotate the pairs (i, i + D/2) by the angles of each token's position; ``sign`` -1 turns back."""
     wide = torch.promote_types(x_THD.dtype, torch.float32)
     cos_T1F = cos_PF[positions_T].to(wide)[:, None, :]

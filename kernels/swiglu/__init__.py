@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from kernels import checks
+from kernels import checks, dispatch
 from kernels.swiglu import reference
 
 
@@ -24,4 +27,38 @@ def swiglu(gate_up: Tensor) -> Tensor:
     checks.require_float(gate_up=gate_up)
     even = gate_up.dim() >= 1 and gate_up.shape[-1] % 2 == 0
     checks.require(even, f"the last dimension must hold gate and up, got {list(gate_up.shape)}")
-    return reference.forward(gate_up)
+    return _swiglu(gate_up, dispatch.backend_of(gate_up))
+
+
+@torch.library.custom_op("zj::swiglu", mutates_args=())
+def _swiglu(gate_up: Tensor, backend: str) -> Tensor:
+    form = dispatch.triton_form("swiglu") if backend == "triton" else reference
+    return form.forward(gate_up)
+
+
+@torch.library.custom_op("zj::swiglu_backward", mutates_args=())
+def _swiglu_backward(dy: Tensor, gate_up: Tensor, backend: str) -> Tensor:
+    form = dispatch.triton_form("swiglu") if backend == "triton" else reference
+    return form.backward(dy, gate_up)
+
+
+@_swiglu.register_fake
+def _(gate_up: Tensor, backend: str) -> Tensor:
+    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+
+
+@_swiglu_backward.register_fake
+def _(dy: Tensor, gate_up: Tensor, backend: str) -> Tensor:
+    return gate_up.new_empty(gate_up.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+    ctx.backend = inputs[1]
+
+
+def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+    return _swiglu_backward(dy, ctx.saved_tensors[0], ctx.backend), None
+
+
+_swiglu.register_autograd(_gradient, setup_context=_save)

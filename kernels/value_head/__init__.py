@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels import checks
+from kernels import checks, dispatch
 from kernels.value_head import reference
 
 
@@ -34,7 +34,8 @@ def value_head(hidden_TD: Tensor, weight_D: Tensor, bias_1: Tensor | None = None
         ValueError: shapes, dtypes or devices that do not fit together.
     """
     _check_head(hidden_TD, weight_D, bias_1)
-    return reference.values(hidden_TD, weight_D.reshape(-1), bias_1)
+    backend = dispatch.backend_of(hidden_TD)
+    return _value_head(hidden_TD, weight_D.reshape(-1), bias_1, None, None, None, None, backend)[0]
 
 
 def value_loss(
@@ -78,9 +79,17 @@ def value_head_loss(
     """
     _check_head(hidden_TD, weight_D, bias_1)
     _check_targets(hidden_TD.shape[0], old_values_T, returns_T, clip, mask_T)
-    values_T = reference.values(hidden_TD, weight_D.reshape(-1), bias_1)
-    loss_T, clipped_T = reference.loss(values_T, old_values_T.detach(), returns_T.detach(), clip, mask_T)
-    return ValueTerms(values_T.detach(), loss_T, clipped_T)
+    terms = _value_head(
+        hidden_TD,
+        weight_D.reshape(-1),
+        bias_1,
+        old_values_T.detach(),
+        returns_T.detach(),
+        mask_T,
+        None if clip is None else float(clip),
+        dispatch.backend_of(hidden_TD),
+    )
+    return ValueTerms(terms[0].detach(), *terms[1:])
 
 
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -100,3 +109,68 @@ def _check_targets(tokens: int, old: Tensor, returns: Tensor, clip: float | None
     if mask is not None:
         checks.require_shape(mask, (tokens,), "mask_T")
         checks.require(mask.dtype == torch.bool, f"mask_T must be bool, got {mask.dtype}")
+
+
+@torch.library.custom_op("zj::value_head", mutates_args=())
+def _value_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    old: Tensor | None,
+    returns: Tensor | None,
+    mask: Tensor | None,
+    clip: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    form = dispatch.triton_form("value_head") if backend == "triton" else reference
+    return form.forward(hidden, weight, bias, old, returns, mask, clip)
+
+
+@torch.library.custom_op("zj::value_head_backward", mutates_args=())
+def _value_head_backward(
+    dout: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    values: Tensor | None,
+    returns: Tensor | None,
+    mask: Tensor | None,
+    clipped: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    form = dispatch.triton_form("value_head") if backend == "triton" else reference
+    return form.backward(dout, hidden, weight, values, returns, mask, clipped)
+
+
+@_value_head.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Any, old: Any, returns: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    size = 0 if returns is None else hidden.shape[0]
+    values, loss = (hidden.new_empty(count, dtype=dtype) for count in (hidden.shape[0], size))
+    return values, loss, hidden.new_empty(size, dtype=torch.bool)
+
+
+@_value_head_backward.register_fake
+def _(dout: Tensor, hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape), dout.new_empty(1)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, weight, bias, _, returns, mask, _, ctx.backend = inputs
+    values, _, clipped = output
+    ctx.mark_non_differentiable(clipped)
+    saved = (None, None, None, None) if returns is None else (values, returns, mask, clipped)
+    ctx.save_for_backward(hidden, weight, *saved)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _gradients(ctx: Any, dvalues: Tensor, dloss: Tensor, _dclipped: Tensor) -> tuple[Any, ...]:
+    hidden, weight, values, returns, mask, clipped = ctx.saved_tensors
+    dout = dvalues if returns is None else dloss
+    dhidden, dweight, dbias = _value_head_backward(
+        dout.contiguous(), hidden, weight, values, returns, mask, clipped, ctx.backend
+    )
+    given_bias = None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
+    return dhidden, dweight, given_bias, None, None, None, None, None
+
+
+_value_head.register_autograd(_gradients, setup_context=_save)

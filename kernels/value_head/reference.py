@@ -29,3 +29,38 @@ def loss(
     if mask_T is None:
         return half_T, clipped_T
     return torch.where(mask_T, half_T, torch.zeros_like(half_T)), clipped_T & mask_T
+
+
+def forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    old: Tensor | None,
+    returns: Tensor | None,
+    mask: Tensor | None,
+    clip: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, loss and clipped, [T]; the last two are empty without ``returns``."""
+    found = values(hidden, weight, bias)
+    if old is None or returns is None:
+        return found, found.new_empty(0), torch.empty(0, dtype=torch.bool, device=hidden.device)
+    return found, *loss(found, old, returns, clip, mask)
+
+
+def backward(
+    dout: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    values: Tensor | None,
+    returns: Tensor | None,
+    mask: Tensor | None,
+    clipped: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight [D] and bias [1]; ``dout`` is of the values, or of the loss with ``returns``."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    dvalues = dout.to(wide)
+    if values is not None and returns is not None and clipped is not None:
+        kept = ~clipped if mask is None else mask & ~clipped
+        dvalues = torch.where(kept, dvalues * (values - returns), 0.0)
+    dhidden = (dvalues[:, None] * weight.to(wide)).to(hidden.dtype)
+    return dhidden, (dvalues @ hidden.to(wide)).to(weight.dtype), dvalues.sum(0, keepdim=True)

@@ -1,0 +1,170 @@
+"""Block sizes, warps and pipeline stages: one committed table per architecture, never autotuned in a run.
+
+``python -m kernels.bench tune`` proposes new tables.  A kernel's key is what its best blocks depend on: head size for
+attention, width for row kernels, "" where nothing does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from kernels import dispatch
+
+Config = Mapping[str, int]
+Table = Mapping[str, Mapping[str, Config]]
+
+WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+def _rows(warps_per: int, most: int) -> dict[str, Config]:
+    """Row kernels: enough rows a program for 1,024 elements, a warp per ``warps_per`` of them."""
+    table: dict[str, Config] = {}
+    for width in WIDTHS:
+        rows = max(1, 1024 // width)
+        table[str(width)] = {"ROWS": rows, "num_warps": min(max(rows * width // warps_per, 1), most), "num_stages": 2}
+    return table
+
+
+def _blocks(num_warps: int, num_stages: int, **blocks: int) -> Config:
+    return {**blocks, "num_warps": num_warps, "num_stages": num_stages}
+
+
+_ROW_KERNELS: Table = {
+    "rms_norm_forward": _rows(512, 16),
+    "rms_norm_backward": _rows(512, 16),
+    "swiglu_forward": {"": _blocks(4, 2, BLOCK=1024)},
+    "swiglu_backward": {"": _blocks(4, 2, BLOCK=1024)},
+    "rope_rotate": {"": _blocks(4, 2, ROWS=32)},
+    "gae_scan": {"": _blocks(4, 2, BLOCK=1024)},
+    "value_head_forward": {"": _blocks(4, 3, ROWS=4, BLOCK=512)},
+    "value_head_backward": {"": _blocks(4, 3, ROWS=64, BLOCK=128)},
+    "reward_head_forward": {"": _blocks(4, 3, BLOCK=1024)},
+    "reward_head_backward": {"": _blocks(4, 2, BLOCK=128)},
+    "ranking_forward": {"": _blocks(4, 2, BLOCK=64)},
+    "ranking_backward": {"": _blocks(4, 2, BLOCK=64)},
+    "attention_delta": {"": _blocks(4, 2, ROWS=64)},
+    "decode_combine": {"": _blocks(4, 2)},
+}
+
+TABLES: Mapping[str, Table] = {
+    # Small blocks: the shapes of a test then cross many block edges.
+    "interpreter": {
+        **{
+            kernel: {
+                key: {
+                    name: (16 if name == "BLOCK" else 2) if name.isupper() else value for name, value in config.items()
+                }
+                for key, config in table.items()
+            }
+            for kernel, table in _ROW_KERNELS.items()
+        },
+        "rms_norm_forward": {str(width): _blocks(1, 1, ROWS=2) for width in WIDTHS},
+        "rms_norm_backward": {str(width): _blocks(1, 1, ROWS=2) for width in WIDTHS},
+        "rope_rotate": {"": _blocks(1, 1, ROWS=8)},
+        "attention_delta": {"": _blocks(1, 1, ROWS=32)},
+        "attention_forward": {str(dim): _blocks(1, 1, BM=32, BN=16) for dim in (64, 80, 96, 128, 256)},
+        "attention_dkdv": {str(dim): _blocks(1, 1, BM=16, BN=32) for dim in (64, 80, 96, 128, 256)},
+        "attention_dq": {str(dim): _blocks(1, 1, BM=32, BN=16) for dim in (64, 80, 96, 128, 256)},
+        "decode_split": {str(dim): _blocks(1, 1, BN=16, CHUNK=32) for dim in (64, 80, 96, 128, 256)},
+        "logprob_forward": {"": _blocks(1, 1, BT=16, BV=32, BD=32)},
+        "logprob_dlogits": {"": _blocks(1, 1, BT=16, BV=32, BD=32)},
+    },
+    "sm_80": {
+        **_ROW_KERNELS,
+        "attention_forward": {
+            "64": _blocks(4, 3, BM=128, BN=64),
+            "80": _blocks(8, 2, BM=128, BN=64),
+            "96": _blocks(8, 2, BM=128, BN=64),
+            "128": _blocks(8, 3, BM=128, BN=64),
+            "256": _blocks(8, 2, BM=64, BN=32),
+            "64/fp32": _blocks(4, 2, BM=64, BN=32),
+            "fp32": _blocks(8, 1, BM=32, BN=32),
+        },
+        "attention_dkdv": {
+            "64": _blocks(4, 2, BM=32, BN=64),
+            "128": _blocks(8, 2, BM=32, BN=64),
+            "256": _blocks(8, 1, BM=32, BN=32),
+            "fp32": _blocks(8, 1, BM=16, BN=32),
+        },
+        "attention_dq": {
+            "64": _blocks(4, 2, BM=64, BN=32),
+            "128": _blocks(8, 2, BM=64, BN=32),
+            "256": _blocks(8, 1, BM=64, BN=32),
+            "fp32": _blocks(8, 1, BM=32, BN=16),
+        },
+        "decode_split": {
+            "": _blocks(4, 2, BN=64, CHUNK=512),
+            "256": _blocks(4, 2, BN=32, CHUNK=512),
+            "fp32": _blocks(4, 1, BN=32, CHUNK=512),
+        },
+        "logprob_forward": {"": _blocks(8, 3, BT=128, BV=128, BD=32), "fp32": _blocks(8, 2, BT=64, BV=64, BD=32)},
+        "logprob_dlogits": {"": _blocks(8, 3, BT=128, BV=128, BD=32), "fp32": _blocks(8, 2, BT=64, BV=64, BD=32)},
+    },
+    "sm_90": {
+        **_ROW_KERNELS,
+        "attention_forward": {
+            "64": _blocks(8, 3, BM=128, BN=64),
+            "80": _blocks(8, 2, BM=128, BN=64),
+            "96": _blocks(8, 2, BM=128, BN=64),
+            "128": _blocks(8, 3, BM=128, BN=64),
+            "256": _blocks(8, 2, BM=128, BN=32),
+            "64/fp32": _blocks(4, 2, BM=64, BN=32),
+            "fp32": _blocks(8, 1, BM=32, BN=32),
+        },
+        "attention_dkdv": {
+            "64": _blocks(8, 2, BM=64, BN=128),
+            "128": _blocks(8, 2, BM=32, BN=128),
+            "256": _blocks(8, 1, BM=32, BN=64),
+            "fp32": _blocks(8, 1, BM=16, BN=32),
+        },
+        "attention_dq": {
+            "64": _blocks(8, 2, BM=128, BN=64),
+            "128": _blocks(8, 2, BM=128, BN=64),
+            "256": _blocks(8, 1, BM=128, BN=32),
+            "fp32": _blocks(8, 1, BM=32, BN=16),
+        },
+        "decode_split": {
+            "": _blocks(4, 3, BN=64, CHUNK=512),
+            "256": _blocks(4, 2, BN=32, CHUNK=512),
+            "fp32": _blocks(4, 1, BN=32, CHUNK=512),
+        },
+        "logprob_forward": {"": _blocks(8, 4, BT=128, BV=128, BD=64), "fp32": _blocks(8, 2, BT=64, BV=64, BD=32)},
+        "logprob_dlogits": {"": _blocks(8, 4, BT=128, BV=128, BD=64), "fp32": _blocks(8, 2, BT=64, BV=64, BD=32)},
+    },
+}
+
+
+def architecture(device: torch.device) -> str:
+    """The table for this device: the newest one that is not newer than it.
+
+    Raises NotImplementedError on a device older than sm_80.
+    """
+    if dispatch.interpreting():
+        return "interpreter"
+    major, minor = torch.cuda.get_device_capability(device)
+    known = sorted((int(name[3:]) for name in TABLES if name.startswith("sm_")), reverse=True)
+    for number in known:
+        if number <= major * 10 + minor:
+            return f"sm_{number}"
+    raise NotImplementedError(f"the Triton kernels need sm_{known[-1]} or newer, this device is sm_{major}{minor}")
+
+
+def config(kernel: str, key: str, device: torch.device) -> Config:
+    """Blocks and launch options of a kernel on a device."""
+    return lookup(architecture(device), kernel, key)
+
+
+def lookup(arch: str, kernel: str, key: str) -> Config:
+    """The entry for ``key``; else, for a head size like 80, the one of the power of two above it; else "".
+
+    A key "128/fp32" falls back to "fp32" before it falls back to "128".
+    """
+    table = TABLES[arch][kernel]
+    size, _, dtype = key.partition("/")
+    above = str(1 << (int(size) - 1).bit_length()) if size.isdigit() else ""
+    for name in (key, f"{above}/{dtype}", dtype, size, above, ""):
+        if name in table:
+            return table[name]
+    raise KeyError(f"no blocks for {kernel} {key!r} on {arch}")

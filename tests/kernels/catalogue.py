@@ -1,0 +1,167 @@
+"""The adversarial cases: which proofs each op must pass, cheapest and most telling first."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from tests.kernels.proofs import (
+    DTYPES,
+    Proof,
+    prove_add_norm,
+    prove_attention,
+    prove_attention_strides,
+    prove_decode,
+    prove_gae,
+    prove_logprob,
+    prove_logprob_shard,
+    prove_norm,
+    prove_precise_attention_sum,
+    prove_ranking,
+    prove_reward,
+    prove_rope,
+    prove_swiglu,
+    prove_value,
+    prove_value_loss,
+)
+
+FP32, BF16 = DTYPES
+
+
+def _attention() -> dict[str, Proof]:
+    cases: dict[str, Proof] = {}
+    for dtype in DTYPES:
+        tag = "fp32" if dtype == FP32 else "bf16"
+        cases |= {
+            f"ragged {tag}": partial(prove_attention, (33, 0, 1, 46), dtype),
+            f"ragged full {tag}": partial(prove_attention, (17, 0, 1, 50), dtype, causal=False),
+            f"window {tag}": partial(prove_attention, (70,), dtype, window=19),
+            f"context parallel {tag}": partial(prove_attention, (80, 24), dtype, shards=4),
+            f"fewer queries {tag}": partial(prove_attention, (3, 20), dtype, lengths_k=(40, 45)),
+            f"blind queries {tag}": partial(prove_attention, (40, 5, 3), dtype, lengths_k=(35, 2, 0)),
+        }
+    cases |= {
+        "strides": partial(prove_attention_strides, FP32),
+        "mqa 8": partial(prove_attention, (20, 13), FP32, heads=8, kv_heads=1),
+        "gqa 4 of 8": partial(prove_attention, (19,), FP32, heads=8, kv_heads=2),
+        "mha": partial(prove_attention, (35,), FP32, heads=2, kv_heads=2),
+        "one token": partial(prove_attention, (1,), BF16),
+        "length-1 rows": partial(prove_attention, (1, 1, 1), FP32, heads=4, kv_heads=2),
+        "scale": partial(prove_attention, (37,), FP32, scale=0.7),
+        "large scores": partial(prove_attention, (37,), BF16, size=40.0),
+        "head 80": partial(prove_attention, (35,), BF16, dim=80),
+        "head 96": partial(prove_attention, (35,), FP32, dim=96),
+        "head 128": partial(prove_attention, (35,), FP32, dim=128),
+        "head 256": partial(prove_attention, (18,), BF16, dim=256),
+        "fp16": partial(prove_attention, (35, 4), torch.float16),
+        "full, other lengths": partial(prove_attention, (20, 7), FP32, lengths_k=(33, 50), causal=False),
+        "window, context parallel": partial(prove_attention, (80,), FP32, shards=4, window=9),
+        "window 1": partial(prove_attention, (35,), FP32, window=1),
+        "long equal scores": prove_precise_attention_sum,
+        "decode fp32": partial(prove_decode, (1, 33, 70, 0, 16), FP32),
+        "decode bf16": partial(prove_decode, (5, 64, 31), BF16),
+        "decode window": partial(prove_decode, (1, 33, 70), FP32, window=20),
+        "decode mqa 80": partial(prove_decode, (20, 69), FP32, heads=8, kv_heads=1, dim=80),
+    }
+    return cases
+
+
+def _rows(op: str) -> dict[str, Proof]:
+    cases: dict[str, Proof] = {}
+    for dtype in DTYPES:
+        tag = "fp32" if dtype == FP32 else "bf16"
+        if op == "rms_norm":
+            cases |= {
+                f"primes {tag}": partial(prove_norm, 7, 67, dtype),
+                f"residual {tag}": partial(prove_add_norm, 5, 64, dtype),
+                f"residual, width 100 {tag}": partial(prove_add_norm, 13, 100, dtype),
+                f"strided {tag}": partial(prove_norm, 6, 80, dtype, strided=True),
+                f"one row {tag}": partial(prove_norm, 1, 64, dtype),
+                f"tiny numbers {tag}": partial(prove_norm, 3, 64, dtype, size=1e-3),
+                f"width 4096 {tag}": partial(prove_norm, 3, 4096, dtype),
+            }
+        elif op == "swiglu":
+            cases |= {
+                f"primes {tag}": partial(prove_swiglu, 5, 23, dtype),
+                f"strided {tag}": partial(prove_swiglu, 3, 32, dtype, strided=True),
+                f"one row {tag}": partial(prove_swiglu, 1, 16, dtype),
+                f"large {tag}": partial(prove_swiglu, 2, 20, dtype, size=30.0),
+            }
+        else:
+            cases |= {
+                f"head 64 {tag}": partial(prove_rope, 7, 3, 64, dtype),
+                f"head 80 {tag}": partial(prove_rope, 5, 2, 80, dtype),
+                f"strided {tag}": partial(prove_rope, 6, 2, 32, dtype, strided=True),
+                f"one token {tag}": partial(prove_rope, 1, 1, 16, dtype),
+            }
+    if op == "rms_norm":
+        cases["width 16384"] = partial(prove_norm, 1, 16384, BF16)
+        cases["many programs"] = partial(prove_norm, 600, 16, FP32)
+    return cases
+
+
+def _logprob() -> dict[str, Proof]:
+    cases: dict[str, Proof] = {}
+    for dtype in DTYPES:
+        tag = "fp32" if dtype == FP32 else "bf16"
+        cases |= {
+            f"odd vocabulary {tag}": partial(prove_logprob, 19, 77, 40, dtype),
+            f"temperature and padding {tag}": partial(prove_logprob, 9, 96, 32, dtype, temperature=0.6, valid=70),
+            f"masked {tag}": partial(prove_logprob, 17, 50, 48, dtype, masked="some"),
+            f"shard {tag}": partial(prove_logprob_shard, dtype),
+            f"large logits {tag}": partial(prove_logprob, 8, 64, 32, dtype, size=60.0),
+            f"no entropy {tag}": partial(prove_logprob, 18, 65, 33, dtype, entropy=False),
+        }
+    return cases | {
+        "all masked": partial(prove_logprob, 5, 40, 32, FP32, masked="all"),
+        "one token, one row": partial(prove_logprob, 1, 1, 32, FP32),
+        "strided hidden": partial(prove_logprob, 5, 40, 48, FP32, strided=True),
+    }
+
+
+def _heads(op: str) -> dict[str, Proof]:
+    cases: dict[str, Proof] = {}
+    for dtype in DTYPES:
+        tag = "fp32" if dtype == FP32 else "bf16"
+        if op == "reward_head":
+            cases |= {
+                f"norm and bias {tag}": partial(prove_reward, 5, 37, dtype),
+                f"no norm {tag}": partial(prove_reward, 3, 64, dtype, norm=False),
+                f"no bias {tag}": partial(prove_reward, 2, 50, dtype, bias=False),
+                f"ragged groups {tag}": partial(prove_ranking, (5, 1, 2, 4), dtype, margin=0.0, centering=0.0, mean=True),
+                f"margin and centering {tag}": partial(
+                    prove_ranking, (3, 4, 12), dtype, margin=0.5, centering=0.3, mean=True
+                ),
+                f"summed pairs {tag}": partial(prove_ranking, (2, 4), dtype, margin=0.2, centering=0.1, mean=False),
+                f"a list of 19 {tag}": partial(prove_ranking, (19,), dtype, margin=0.1, centering=0.0, mean=True),
+            }
+        elif op == "value_head":
+            cases |= {
+                f"head {tag}": partial(prove_value, 7, 37, dtype),
+                f"strided, no bias {tag}": partial(prove_value, 5, 32, dtype, bias=False, strided=True),
+                f"clipped and masked {tag}": partial(prove_value_loss, 31, 20, dtype, clip=0.2, masked=True),
+                f"unclipped {tag}": partial(prove_value_loss, 9, 33, dtype, clip=None, masked=False),
+                f"clipped {tag}": partial(prove_value_loss, 12, 16, dtype, clip=0.1, masked=False),
+                f"many parts {tag}": partial(prove_value, 150, 16, dtype),
+            }
+        else:
+            cases |= {
+                f"ragged {tag}": partial(prove_gae, (37, 0, 1, 16, 17), dtype, bootstrap=False, gamma=0.97, lam=0.9),
+                f"bootstrap {tag}": partial(prove_gae, (5, 33, 0, 2), dtype, bootstrap=True, gamma=0.99, lam=0.95),
+                f"undiscounted {tag}": partial(prove_gae, (40,), dtype, bootstrap=False, gamma=1.0, lam=1.0),
+                f"lambda 0 {tag}": partial(prove_gae, (19, 3), dtype, bootstrap=True, gamma=0.9, lam=0.0),
+            }
+    return cases
+
+
+CATALOGUE: dict[str, dict[str, Proof]] = {
+    "attention": _attention(),
+    "rms_norm": _rows("rms_norm"),
+    "swiglu": _rows("swiglu"),
+    "rope": _rows("rope"),
+    "linear_logprob": _logprob(),
+    "reward_head": _heads("reward_head"),
+    "value_head": _heads("value_head"),
+    "gae": _heads("gae"),
+}
