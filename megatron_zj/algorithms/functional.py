@@ -40,9 +40,7 @@ def approx_kl(log_ratio_T: Tensor) -> Tensor:
     return log_ratio_T.exp() - 1.0 - log_ratio_T
 
 
-def shape_rewards(
-    scores_R: Tensor, logprobs: Rows, ref_logprobs: Rows, response_mask: Rows, kl_coef: float
-) -> Rows:
+def shape_rewards(scores_R: Tensor, logprobs: Rows, ref_logprobs: Rows, response_mask: Rows, kl_coef: float) -> Rows:
     """Per-token rewards: -kl_coef x (log pi - log pi_ref), and the score on the last response token.
 
     (Ouyang et al. 2022, eq. 2; Ziegler et al. 2019.)  Rows without a response get nothing.

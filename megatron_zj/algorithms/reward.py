@@ -60,7 +60,7 @@ class RankedGroups:
         )
 
     def summarise(self, metrics: Metrics) -> Metrics:
-        """Sums over the weight become pair accuracy, the longer-answer-wins baseline, and the scores' mean and deviation."""
+        """Pair accuracy, the longer-answer-wins baseline, and the scores' mean and deviation."""
         pairs, rows = max(metrics["pairs"], 1e-12), max(metrics["rows"], 1e-12)
         mean = metrics["score_sum"] / rows
         kept = {name: value for name, value in metrics.items() if name not in _SUMS}
@@ -73,9 +73,7 @@ class RankedGroups:
         }
 
 
-_SUMS = frozenset(
-    {"pairs", "pairs_right", "pairs_longer_wins", "pair_margin", "rows", "score_sum", "score_squares"}
-)
+_SUMS = frozenset({"pairs", "pairs_right", "pairs_longer_wins", "pair_margin", "rows", "score_sum", "score_squares"})
 
 
 def _pairs(batch: PackedBatch) -> tuple[Tensor, Tensor]:

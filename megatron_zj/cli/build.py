@@ -138,7 +138,9 @@ def load_starting_weights(config: RunConfig, engines: Mapping[str, Engine | None
         folder = newest(path)
         if folder is None:
             raise ConfigError([f"algorithm.{name}: no complete checkpoint in {path}"])
-        state = load(folder, {name: engine}, roles={name: role.load_role} if role.load_role else None, weights_only=True)
+        state = load(
+            folder, {name: engine}, roles={name: role.load_role} if role.load_role else None, weights_only=True
+        )
         logger.info("%s starts from %s", name, folder)
         if name == "reward" and state.get("validation"):
             scale = ScoreScale(state["validation"]["score_mean"], state["validation"]["score_deviation"])
@@ -212,5 +214,3 @@ def _peak_flops(process: Process) -> float | None:
     name = torch.cuda.get_device_name(process.device)
     known = [flops for key, flops in _PEAK_FLOPS.items() if key in name]
     return known[0] * process.world_size if known else None
-
-

@@ -47,7 +47,11 @@ def generate_answers(config: InferenceConfig, process: Process) -> None:
         with part.open("w", encoding="utf-8") as file:
             for record, ids in zip(records, found, strict=True):
                 finished = bool(ids) and ids[-1] == model.tokenizer.eos_id
-                line = {"prompt": record.messages[-1].content, "answer": model.tokenizer.decode(ids), "finished": finished}
+                line = {
+                    "prompt": record.messages[-1].content,
+                    "answer": model.tokenizer.decode(ids),
+                    "finished": finished,
+                }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         os.replace(part, target)
         logger.info("%d answers in %s", len(found), target)

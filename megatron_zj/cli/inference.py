@@ -54,9 +54,7 @@ class LoadedModel:
         self.tokenizer: Tokenizer = load_tokenizer(folder / TOKENIZER)
         self.template: ChatTemplate = chat_template(config.data.template or _trained_template(manifest.config))
         self.world, self.process, self.seed = World.current(), process, config.run.seed
-        placement = build_placements(
-            config.parallel, {}, {ALL}, process.world_size, config.run.timeout_seconds
-        )[ALL]
+        placement = build_placements(config.parallel, {}, {ALL}, process.world_size, config.run.timeout_seconds)[ALL]
         if placement.groups is None:
             raise RuntimeError("this rank is outside the only placement")
         engine = build_engine(

@@ -48,9 +48,7 @@ class Role:
         )
         return Pending(lambda: home.wait()[want])
 
-    def update(
-        self, objective: Objective, batch: WorldBatch, row_ids: Sequence[int] | None = None
-    ) -> Pending[Metrics]:
+    def update(self, objective: Objective, batch: WorldBatch, row_ids: Sequence[int] | None = None) -> Pending[Metrics]:
         """One optimizer step on the given rows (all of them by default)."""
         return self._measure(lambda engine, rows: engine.update(objective, rows), batch, row_ids)
 
