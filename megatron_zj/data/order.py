@@ -98,9 +98,8 @@ class EpochOrder:
 
 
 def _mixed(values: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele et al. 2014) over value + key; uint64 arithmetic wraps."""
-    with np.errstate(over="ignore"):
-        mixed = values + np.uint64(key & _MASK)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return mixed ^ (mixed >> np.uint64(31))
+    """The finaliser of SplitMix64 (Steele et al. 2014) over value + key; uint64 arrays wrap around."""
+    mixed = values + np.uint64(key & _MASK)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))

@@ -20,6 +20,7 @@ from megatron_zj.data.records import PreferenceRecord, Record, TextRecord
 from megatron_zj.data.tokenizer import SentencePieceTokenizer, Tokenizer
 
 ModelType = Literal["bpe", "unigram"]
+_Model = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]  # made at import time
 _SPACE = "▁"  # how SentencePiece writes a space
 _MAX_SENTENCE_BYTES = 1 << 16  # longer lines are left out of the training
 
@@ -78,11 +79,11 @@ def extend_vocabulary(base: SentencePieceTokenizer, pieces: SentencePieceTokeniz
             f"the base tokenizer has tokens added after its pieces ({', '.join(base.added)}), whose ids would change\n"
             "  -> extend the tokenizer without them, and name them in tokenizer.special_tokens afterwards"
         )
-    merged, other = sentencepiece_model_pb2.ModelProto(), sentencepiece_model_pb2.ModelProto()
+    merged, other = _Model(), _Model()
     merged.ParseFromString(base.model)
     other.ParseFromString(pieces.model)
     known = {piece.piece for piece in merged.pieces}
-    ordinary = sentencepiece_model_pb2.ModelProto.SentencePiece.NORMAL
+    ordinary = _Model.SentencePiece.NORMAL
     for piece in other.pieces:
         if piece.type == ordinary and piece.piece not in known:
             merged.pieces.add(piece=piece.piece, score=0.0, type=ordinary)
@@ -100,7 +101,7 @@ def pieces_of_new_ids(old: SentencePieceTokenizer, new: Tokenizer) -> list[list[
         raise DataError(
             f"the new tokenizer does not extend the old one: id {changed[0]} ({old.piece(changed[0])!r}) differs"
         )
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = _Model()
     proto.ParseFromString(old.model)
     proto.normalizer_spec.add_dummy_prefix = False  # a piece in the middle of a word has no space before it
     spell = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())

@@ -79,7 +79,11 @@ def open_text(path: Path) -> io.TextIOWrapper:
 
 
 def detect_encoding(path: Path) -> str:
-    """``utf-8-sig`` or ``gb18030``: the first that decodes the whole file.  Raises DataError when neither does."""
+    """``utf-8-sig`` or ``gb18030``: the first that decodes the whole file.  Raises DataError when neither does.
+
+    A few GB18030 words are valid UTF-8 by chance (the two bytes of each character look like one Greek or Coptic
+    letter); a file of nothing but such words is taken for UTF-8.
+    """
     failures = []
     for encoding in ("utf-8-sig", "gb18030"):
         problem = _undecodable(path, encoding)

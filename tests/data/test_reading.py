@@ -1,0 +1,169 @@
+"""Files to raw items: containers, encodings, and errors that name the file and line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_zj.data.errors import DataError
+from megatron_zj.data.formats.reading import Item, container, detect_encoding, read_items, read_lines
+
+RECORDS = [{"text": "发热，咳嗽"}, {"text": "头痛\n两天"}, {"text": 'a,b"c'}]
+
+
+def values(path: Path) -> list:
+    return [item.value for item in read_items(path)]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gb18030"])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_every_container_and_encoding_gives_the_same_records(tmp_path: Path, encoding: str, suffix: str) -> None:
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS)
+    table = "text\n" + "".join('"' + record["text"].replace('"', '""') + '"\n' for record in RECORDS)
+    contents = {
+        "lines.jsonl": lines,
+        "lines.json": lines,
+        "array.json": json.dumps(RECORDS, ensure_ascii=False, indent=2),
+        "mapping.json": json.dumps({str(i): r for i, r in enumerate(RECORDS)}, ensure_ascii=False),
+        "table.csv": table,
+        "table.tsv": table,
+    }
+    for name, content in contents.items():
+        path = tmp_path / f"{name}{suffix}"
+        data = content.encode(encoding)
+        path.write_bytes(gzip.compress(data) if suffix else data)
+        assert values(path) == RECORDS, name
+
+
+def test_parquet_gives_the_same_records(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path)
+    assert values(path) == RECORDS
+    path.write_bytes(b"PAR1 no more")
+    with pytest.raises(DataError, match=r"rows\.parquet is no readable parquet"):
+        values(path)
+
+
+def test_one_object_is_one_record_however_it_is_printed(tmp_path: Path) -> None:
+    path = tmp_path / "one.json"
+    for content in (json.dumps(RECORDS[0]), json.dumps(RECORDS[0], indent=4)):
+        path.write_text(content, encoding="utf-8")
+        assert values(path) == [RECORDS[0]]
+
+
+def test_line_numbers_are_those_an_editor_shows(tmp_path: Path) -> None:
+    array = tmp_path / "a.json"
+    array.write_text('[\n {"text":\n  "x"},\n\n {"text": "y"}, {"text": "z"}\n]\n')
+    assert [item.line for item in read_items(array)] == [2, 5, 5]
+    table = tmp_path / "t.csv"
+    table.write_text('text,b\n"one\ntwo",1\nthree,2\n')
+    assert [item.line for item in read_items(table)] == [2, 4]
+    lines = tmp_path / "l.jsonl"
+    lines.write_text('{"text": "x"}\n\n{"text": \n{"text": "y"}\n')
+    found = list(read_items(lines))
+    assert [(item.line, item.error is None) for item in found] == [(1, True), (3, False), (4, True)]
+
+
+def test_cells_with_line_breaks_and_quotes_survive(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes('ask,answer\r\n"头痛\r\n两天","说""休息"""\r\n'.encode("gb18030"))
+    assert values(path) == [{"ask": "头痛\r\n两天", "answer": '说"休息"'}]
+
+
+def test_a_row_with_other_cells_than_the_header_is_a_bad_record(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("a,b\n1,2\n1,2,3\n3,4\n")
+    found = list(read_items(path))
+    assert [item.value for item in found] == [{"a": "1", "b": "2"}, None, {"a": "3", "b": "4"}]
+    assert found[1].error is not None
+    assert "3 cells under 2 column names" in found[1].error.reason
+
+
+def test_lines_are_read_without_their_ends(tmp_path: Path) -> None:
+    path = tmp_path / "t.txt"
+    path.write_bytes("一\r\n二\n\n三".encode("gb18030"))
+    assert list(read_lines(path)) == [(1, "一"), (2, "二"), (3, ""), (4, "三")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"", "a.jsonl is empty"),
+        ("a.docx", b"x", r"one of .json, .jsonl, .csv, .tsv, .parquet, .txt"),
+        ("a.json", "头痛".encode("utf-16"), "neither UTF-8 nor GB18030"),
+        ("a.json", b"\xff\xff\xff", "neither UTF-8 nor GB18030"),
+        ("a.json", b'[{"text": "x"},\n{"text" "y"}]', r"a.json, line 2, column 9"),
+        ("a.json", b'[{"text": "x"}\n{"text": "y"}]', r"a.json, line 2: expected ',' or ']'"),
+        ("a.json", b'[{"text": "x"},\n', r"a.json, line 2"),
+        ("a.json", b'{\n"text": ', "a.json, line 2"),
+        ("a.jsonl.gz", b"not gzip", "a.jsonl.gz is no complete gzip"),
+        ("b.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:40], "b.jsonl.gz is no complete gzip"),
+        ("a.csv", b'a,b\n"1,2\n', r"a.csv, line 2"),
+    ],
+)
+def test_unreadable_files_are_named_with_what_to_change(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        values(path)
+    assert "\n  -> " in str(caught.value)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.json does not exist"):
+        values(tmp_path / "none.json")
+
+
+def test_encoding_is_decided_by_the_whole_file(tmp_path: Path) -> None:
+    """A file that begins as ASCII for more than one buffer, with GB18030 at its end."""
+    path = tmp_path / "late.txt"
+    path.write_bytes(b"a" * (1 << 20) + b"\n" + "发热咳嗽".encode("gb18030"))
+    assert detect_encoding(path) == "gb18030"
+    path.write_bytes(b"a" * ((1 << 20) - 1) + "头痛".encode())  # a character across the buffer's edge
+    assert detect_encoding(path) == "utf-8-sig"
+
+
+def test_container_looks_through_gz() -> None:
+    assert container(Path("x.v1.JSONL.gz")) == ".jsonl"
+    with pytest.raises(DataError, match="unknown kind"):
+        container(Path("x.gz"))
+
+
+plain = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab头", min_size=1), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(records=st.lists(plain, max_size=4), indent=st.none() | st.integers(0, 3))
+def test_any_json_array_is_read_as_json_reads_it(tmp_path: Path, records: list, indent: int | None) -> None:
+    path = tmp_path / "any.json"
+    path.write_text(json.dumps(records, ensure_ascii=False, indent=indent), encoding="utf-8")
+    assert values(path) == records
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    data=st.binary(min_size=1, max_size=60), name=st.sampled_from(["x.json", "x.jsonl", "x.csv", "x.tsv", "x.jsonl.gz"])
+)
+def test_any_bytes_give_items_or_a_data_error(tmp_path: Path, data: bytes, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(data)
+    try:
+        assert all(isinstance(item, Item) for item in read_items(path))
+    except DataError as error:
+        assert str(path) in str(error)
