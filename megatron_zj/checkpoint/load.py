@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy,
 from megatron_zj.checkpoint import retention, tree
 from megatron_zj.checkpoint.errors import CheckpointError, everywhere, gather, this_rank, world_size
 from megatron_zj.checkpoint.manifest import MANIFEST, Manifest, read_manifest, verify
-from megatron_zj.checkpoint.save import ALGORITHM, COMMON, ROLES, Saveable
+from megatron_zj.checkpoint.save import ALGORITHM, COMMON, EXTRA_STATE, ROLES, Saveable
 from megatron_zj.checkpoint.shards import ShardReader
 from megatron_zj.config.model import ModelConfig
 from megatron_zj.parallel.groups import placement_world
@@ -179,8 +179,7 @@ def _load_role(folder: Path, engine: Saveable, weights_only: bool, fresh_head: b
         state = engine.sharded_state(optimizer=engine.trainable and not weights_only, loading=True)
         if fresh_head:
             _keep_head(state)
-        if not weights_only:
-            _drop_unknown_objects(state, reader)
+        _leave_extra_state(state, reader, weights_only)
         loaded = dist_checkpointing.load(
             state,
             str(folder),
@@ -202,23 +201,19 @@ def _keep_head(state: dict[str, Any]) -> None:
     dict_list_map_inplace(keep, state)
 
 
-def _drop_unknown_objects(state: dict[str, Any], reader: ShardReader) -> None:
-    """Random-number state belongs to a layout: on another one it is not restored (dropout then differs)."""
-    missing = [
-        value.unique_key
-        for value in nested_values(state)
-        if isinstance(value, ShardedObject) and value.unique_key not in reader.index.objects and "rng" in value.key
-    ]
-    if missing:
-        log.warning("random-number state of another layout is not restored: %s", missing)
-        dict_list_map_inplace(
-            lambda value: (
-                LocalNonpersistentObject(None)
-                if isinstance(value, ShardedObject) and value.unique_key in missing
-                else value
-            ),
-            state,
-        )
+def _leave_extra_state(state: dict[str, Any], reader: ShardReader, weights_only: bool) -> None:
+    """A module's extra state (FP8 scales) is None where there is none, and is not taken from another run.
+
+    Transformer Engine unpickles it, so it is read only when a run goes on from its own checkpoint.
+    """
+
+    def leave(value: Any) -> Any:
+        extra = isinstance(value, ShardedObject) and value.key.endswith(EXTRA_STATE)
+        if extra and (weights_only or value.unique_key not in reader.index.objects):
+            return LocalNonpersistentObject(None)
+        return value
+
+    dict_list_map_inplace(leave, state)
 
 
 class _CommonLoader(LoadCommonStrategy):

@@ -34,6 +34,7 @@ from megatron_zj.parallel.groups import ParallelGroups, placement_world
 
 log = logging.getLogger(__name__)
 ROLES, ALGORITHM, COMMON = "roles", "algorithm", "common"
+EXTRA_STATE = "._extra_state"  # end of the key of what a module adds to its tensors; None but for FP8
 _VISIBLE_SECONDS = 120.0  # how long a file of another node may stay invisible on a shared file system
 
 
@@ -229,6 +230,8 @@ def _snapshot(role: str, engine: Saveable, copying: bool) -> _Part:
             if not is_main_replica(item.replica_id):
                 continue
             if isinstance(item, ShardedObject):
+                if item.data is None and item.key.endswith(EXTRA_STATE):
+                    continue
                 data = copy.deepcopy(item.data) if copying else item.data
                 pieces.append(_Piece(group, item.unique_key, data))
             else:
