@@ -12,10 +12,22 @@ from megatron_zj.cli.main import entry
 from megatron_zj.config.algorithm import PPOConfig
 from megatron_zj.config.checks import Finding, check, missing_inputs
 from megatron_zj.config.data import CorpusConfig
-from megatron_zj.config.derived import Block, longest_row, optimizer_steps, placements, rows_per_update
+from megatron_zj.config.derived import (
+    Block,
+    engine_of,
+    head_of,
+    is_trained,
+    longest_row,
+    optimizer_steps,
+    placements,
+    roles,
+    rows_per_update,
+)
 from megatron_zj.config.run import RunConfig
+from megatron_zj.models.flops import memory_estimate, parameters
 from megatron_zj.parallel.grid import AXES, RankGrid
 
+_GIB = 2**30
 _MAX_GROUPS = 4  # groups of an axis that are written out
 
 
@@ -46,7 +58,7 @@ def describe(config: RunConfig) -> str:
     model, algorithm = config.model, config.algorithm
     grouped = "" if model.kv_heads == model.num_attention_heads else f" ({model.kv_heads} key/value)"
     shape = (
-        f"{model.num_layers} layers x {model.hidden_size}, {model.num_attention_heads} heads"
+        f"{_count(parameters(model))} parameters, {model.num_layers} layers x {model.hidden_size}, {model.num_attention_heads} heads"
         f"{grouped}, {model.padded_vocab_size:,} vocabulary rows ({model.vocab_size:,} used)"
     )
     lines = [
@@ -55,10 +67,21 @@ def describe(config: RunConfig) -> str:
         f"model      {model.preset or 'custom'}: {shape}, {config.engine.precision}",
     ]
     blocks = placements(config)
-    if all(block.dp >= 1 and block.num_ranks % block.parallel.model_size == 0 for block in blocks):
+    if all(_fits(config, block) for block in blocks):
         for block in blocks:
-            lines += [*_grid(block), *_batch(config, block)]
+            lines += [*_grid(block), *_batch(config, block), *_memory(config, block)]
     return "\n".join(lines) + "\n"
+
+
+def _count(number: int) -> str:
+    """``13.0B``, ``1.9M``."""
+    return f"{number / 1e9:.1f}B" if number >= 1e9 else f"{number / 1e6:.1f}M"
+
+
+def _fits(config: RunConfig, block: Block) -> bool:
+    """Whether there is a grid to describe; ``check`` says what is wrong where there is none."""
+    size, inside = block.parallel.model_size, block.first_rank + block.num_ranks <= (config.world_size or 1)
+    return block.num_ranks >= size and block.num_ranks % size == 0 and block.first_rank >= 0 and inside
 
 
 def _grid(block: Block) -> list[str]:
@@ -106,6 +129,38 @@ def _batch(config: RunConfig, block: Block) -> list[str]:
             f"samples, {config.algorithm.epochs} x {rows // config.algorithm.minibatch_size} updates"
         )
     return lines
+
+
+def _memory(config: RunConfig, block: Block) -> list[str]:
+    """An estimate for the fullest rank: what all its models keep, and the largest that only one needs at a time."""
+    known = roles(config)
+    lines, kept, working = [], 0, [0]
+    for name in block.roles:
+        engine, head = engine_of(config, known[name]), head_of(config, name)
+        one = memory_estimate(config.model, head, block.parallel, engine, block.dp, trainable=is_trained(config, name))
+        kept += one.weights + one.gradients + one.optimizer
+        working.append(one.activations)
+        lines.append(f"  memory   {name}: {one.describe()}")
+    if isinstance(config.algorithm, PPOConfig) and "actor" in block.roles:
+        working.append(_cache_bytes(config, config.algorithm, block))
+        lines.append(f"  memory   actor's key/value cache in rollouts: {working[-1] / _GIB:.2f} GiB")
+    if len(lines) > 1:
+        lines.append(
+            f"  memory   together {(kept + max(working)) / _GIB:.2f} GiB a rank: models, and the largest phase"
+        )
+    return lines
+
+
+def _cache_bytes(config: RunConfig, algorithm: PPOConfig, block: Block) -> int:
+    """Keys and values of every row that is decoded at once, at full length, on one rank."""
+    model, parallel = config.model, block.parallel
+    rows = min(
+        algorithm.sampling.max_batch_rows,
+        -(-algorithm.prompts_per_step * algorithm.samples_per_prompt // block.dp),
+    )
+    size = 4 if engine_of(config, algorithm.actor).precision == "fp32" else 2
+    per_token = 2 * model.num_layers * model.kv_heads * model.head_size * size
+    return rows * longest_row(config) * per_token // (parallel.tp * parallel.pp)
 
 
 def _findings(findings: Sequence[Finding], missing: Sequence[Finding]) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megatron_zj.config.algorithm import PPOConfig, RoleConfig
 from megatron_zj.config.data import CorpusConfig
+from megatron_zj.config.model import HeadKind
 from megatron_zj.config.optim import EngineConfig
 from megatron_zj.config.parallel import ParallelConfig, PlacementConfig
 from megatron_zj.config.run import RunConfig
@@ -67,6 +68,19 @@ def placements(config: RunConfig, world_size: int | None = None) -> list[Block]:
 
 def _num_ranks(placement: PlacementConfig, world: int) -> int:
     return world - placement.first_rank if placement.num_ranks is None else placement.num_ranks
+
+
+def head_of(config: RunConfig, role: str) -> HeadKind:
+    """What the role's model ends in."""
+    if isinstance(config.algorithm, PPOConfig):
+        heads: dict[str, HeadKind] = {"critic": "value", "reward": "score"}
+        return heads.get(role, "lm")
+    return "score" if config.algorithm.kind == "reward" else "lm"
+
+
+def is_trained(config: RunConfig, role: str) -> bool:
+    """False for a frozen role, which has no optimizer."""
+    return not isinstance(config.algorithm, PPOConfig) or role in ("actor", "critic")
 
 
 def engine_of(config: RunConfig, role: RoleConfig) -> EngineConfig:

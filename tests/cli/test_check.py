@@ -23,8 +23,25 @@ def test_it_prints_the_grid_and_the_arithmetic_of_a_large_run(capsys: pytest.Cap
     assert "tp       [0-3] [4-7] [8-11] [12-15] ... (16 groups)" in shown
     assert "dp       [0,4,..,60] [1,5,..,61]" in shown
     assert "64 rows over dp 16 = 4 a rank, 32,768 tokens" in shown
+    assert "13.1B parameters" in shown
+    assert "memory   model: 21.38 GiB = weights 6.10 + gradients 12.19 + optimizer 2.29 + activations" in shown
     assert "to give    data.files: empty" in shown
     assert shown.endswith("ok\n")
+
+
+def test_colocated_models_add_up_to_what_a_rank_must_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    """Zhongjing's four 13B models on one node, by hand: see the arithmetic below."""
+    _, shown, _ = zj_check(capsys, "experiment=zhongjing/ppo", "--elsewhere")
+    layer = 4 * 5120**2 + 3 * 5120 * 13824
+    vocabulary = 39424 * 5120
+    trained = 2 + 4 + 12  # bf16 weights, fp32 gradients, fp32 masters and two moments, bytes
+    actor = (40 * layer + 2 * vocabulary) / 8
+    critic = (40 * layer + vocabulary) / 8
+    cache = 64 * 1024 * 40 * 2 * 5120 * 2 / 8  # 64 rows of 1,024 tokens
+    gib = (trained * (actor + critic) + 2 * (actor + critic) + cache) / 2**30
+    assert f"actor's key/value cache in rollouts: {cache / 2**30:.2f} GiB" in shown
+    (together,) = [line.split()[2] for line in shown.splitlines() if "together" in line]
+    assert float(together) == pytest.approx(gib, abs=0.05)
 
 
 def test_every_experiment_can_be_described(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,8 @@ from megatron_zj.config.algorithm import PPOConfig
 from megatron_zj.config.checks import check
 from megatron_zj.config.data import ChatConfig, CorpusConfig
 from megatron_zj.config.loader import ConfigError
-from megatron_zj.config.model import ModelConfig
 from megatron_zj.config.run import RunConfig
+from megatron_zj.models.presets import PRESETS
 
 EXPERIMENTS = options_of("experiment")
 LARGE = [name for name in EXPERIMENTS if name.split("/")[0] in ("zhongjing", "chimed_gpt")]
@@ -186,7 +186,5 @@ def test_the_tree_holds_no_time_stamps() -> None:
         assert "${now" not in path.read_text(encoding="utf-8"), path
 
 
-def test_the_tiny_model_is_the_schema_s_default() -> None:
-    config = compose_run([]).model
-    default = ModelConfig(preset="tiny", num_query_groups=config.num_query_groups)
-    assert config == default
+def test_conf_and_the_presets_hold_the_same_shapes() -> None:
+    assert {name: compose_run([f"model={name}"]).model for name in options_of("model")} == PRESETS
