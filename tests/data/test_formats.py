@@ -274,7 +274,7 @@ def test_unknown_format_and_unknown_shape_list_the_formats(tmp_path: Path) -> No
     path.write_text('{"foo": 1, "bar": 2}\n')
     with pytest.raises(DataError, match=r"keys foo, bar(.|\n)*sharegpt(.|\n)*alpaca"):
         choose_format(path, "auto")
-    with pytest.raises(DataError, match="unknown data.format 'alpca'(.|\n)*alpaca"):
+    with pytest.raises(DataError, match=r"unknown data\.format 'alpca'(.|\n)*alpaca"):
         choose_format(path, "alpca")
     with pytest.raises(DataError, match=r"'remedi' does not read \.jsonl files"):
         choose_format(path, "remedi")

@@ -10,11 +10,11 @@ import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.data.conftest import TEXTS
 
 from megatron_zj.config.data import TokenizerConfig
 from megatron_zj.data.errors import DataError
 from megatron_zj.data.tokenizer import HFTokenizer, SentencePieceTokenizer, build_tokenizer, load_tokenizer
+from tests.data.conftest import TEXTS
 
 
 @pytest.fixture(scope="module")
