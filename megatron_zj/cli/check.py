@@ -59,7 +59,8 @@ def describe(config: RunConfig) -> str:
     grouped = "" if model.kv_heads == model.num_attention_heads else f" ({model.kv_heads} key/value)"
     shape = (
         f"{_count(parameters(model))} parameters, {model.num_layers} layers x {model.hidden_size}, "
-        f"{model.num_attention_heads} heads{grouped}, {model.padded_vocab_size:,} vocabulary rows ({model.vocab_size:,} used)"
+        f"{model.num_attention_heads} heads{grouped}, {model.padded_vocab_size:,} vocabulary rows "
+        f"({model.vocab_size:,} used)"
     )
     lines = [
         f"run        {algorithm.kind} on {config.data.kind}, {config.run.num_steps:,} steps "
