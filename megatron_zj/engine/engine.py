@@ -212,7 +212,7 @@ class Engine:
         if "optimizer" not in state:
             self.optimizer.reload_main_weights()
             return
-        self.optimizer.reload_main_weights()
+        # Not so here: the loaded main weights may be the live ones, filled in place, and finer than the model's.
         self._load_training_state(state["training"])
         optimizer_state.load_tensors(self.optimizer, self.chunks, state["optimizer"], self.optimizer.steps)
 

@@ -1,0 +1,3 @@
+"""LLaMA on megatron-core, which the next line makes importable without CUDA."""
+
+import megatron_zj.parallel  # noqa: F401

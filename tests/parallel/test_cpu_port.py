@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,3 +101,12 @@ def test_installing_after_megatron_core_says_what_to_change(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "megatron.core", torch)
     with pytest.raises(RuntimeError, match=r"import megatron_zj\.parallel first"):
         cpu_port.install()
+
+
+def test_whatever_package_is_imported_first_the_port_comes_before_megatron_core() -> None:
+    root = Path(cpu_port.__file__).parents[1]
+    users = {path.relative_to(root).parts[0] for path in root.rglob("*.py") if "megatron.core" in path.read_text()}
+    users.discard("parallel")
+    assert users >= {"engine", "models"}
+    for name in users:
+        assert "import megatron_zj.parallel" in (root / name / "__init__.py").read_text(), name
