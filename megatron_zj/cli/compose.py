@@ -63,7 +63,7 @@ def load_frozen(path: Path) -> RunConfig:
 
 def frozen_text(config: RunConfig) -> str:
     """The resolved configuration as YAML; every field is written."""
-    return str(yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120))
+    return str(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120))
 
 
 def save_frozen(config: RunConfig, path: Path) -> None:
@@ -194,17 +194,3 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(line.strip() for line in lines[:2])
-
-
-class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """Writes floats so that YAML 1.1 reads floats: ``1e-05`` alone would come back as a string."""
-
-
-def _float_text(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
-    text = repr(value).replace("inf", ".inf")
-    if "e" in text and "." not in text.split("e")[0]:
-        text = text.replace("e", ".0e", 1)
-    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
-
-
-_Dumper.add_representer(float, _float_text)
