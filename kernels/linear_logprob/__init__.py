@@ -22,7 +22,7 @@ class Partials(NamedTuple):
 
     lse: Tensor  # log sum exp z
     target: Tensor  # z of the target; 0 where the target is on another shard
-    mean: Tensor  # sum softmax(z) z, the softmax being the shard's own; 0 without entropy
+    entropy: Tensor  # -sum p log p of the shard's own softmax p; 0 where it is not asked for
 
 
 def linear_logprob(
@@ -91,7 +91,7 @@ def linear_logprob_partials(
             anything).  None: no token is.
         vocab_start: the id of the shard's first row.
         valid_rows: rows of the shard that are real; the rest is padding with probability 0.  None: all.
-        entropy: whether ``mean`` is computed.
+        entropy: whether ``entropy`` is computed.
 
     Returns:
         Partials, [T] fp32 each.  Gradients flow to hidden_TD and weight_VD.  Over ranks hidden's gradient is a
@@ -126,19 +126,20 @@ def combine_partials(
         logprob <= 0 and entropy >= 0 in nats, the same on every rank.
 
     With lse = log sum_i exp lse_i and w_i = exp(lse_i - lse): logprob = sum_i target_i - lse,
-    entropy = lse - sum_i w_i mean_i.
+    entropy = sum_i w_i (entropy_i - log w_i): no difference of large numbers.
     """
-    lse, target, mean = partials
+    lse, target, entropy = partials
     if all_reduce_max is not None and all_reduce_sum is not None:
         highest = all_reduce_max(lse.detach())
-        share = torch.exp(lse - highest)
-        total, weighted, target = all_reduce_sum(torch.stack((share, share * mean, target))).unbind(0)
+        log_share = (lse - highest).clamp(min=-200.0)  # a shard of padding has -inf, and 0 * -inf is not 0
+        share = torch.exp(log_share)
+        terms = torch.stack((share, share * (entropy - log_share), target))
+        total, weighted, target = all_reduce_sum(terms).unbind(0)
         lse = highest + torch.log(total)
-        mean = weighted / total
+        entropy = weighted / total + torch.log(total)
     # A sum of rounded terms can step over the bound by an ulp; the gradient passes unchanged.
     logprob = target - lse
     logprob = logprob - logprob.detach().clamp(min=0.0)
-    entropy = lse - mean
     entropy = entropy - entropy.detach().clamp(max=0.0)
     return logprob, entropy
 
@@ -176,13 +177,13 @@ def _partials(
 def _partials_backward(
     dlse: Tensor,
     dtarget: Tensor,
-    dmean: Tensor,
+    dspread: Tensor,
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     mask: Tensor | None,
     lse: Tensor,
-    mean: Tensor,
+    spread: Tensor,
     vocab_start: int,
     valid_rows: int,
     temperature: float,
@@ -191,7 +192,19 @@ def _partials_backward(
 ) -> tuple[Tensor, Tensor]:
     form = dispatch.triton_form("linear_logprob") if backend == "triton" else reference
     return form.backward(
-        dlse, dtarget, dmean, hidden, weight, targets, mask, lse, mean, vocab_start, valid_rows, temperature, entropy
+        dlse,
+        dtarget,
+        dspread,
+        hidden,
+        weight,
+        targets,
+        mask,
+        lse,
+        spread,
+        vocab_start,
+        valid_rows,
+        temperature,
+        entropy,
     )
 
 
@@ -203,7 +216,7 @@ def _(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @_partials_backward.register_fake
 def _(
-    dlse: Tensor, dtarget: Tensor, dmean: Tensor, hidden: Tensor, weight: Tensor, *args: Any
+    dlse: Tensor, dtarget: Tensor, dspread: Tensor, hidden: Tensor, weight: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor]:
     return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
 
@@ -214,8 +227,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.settings = settings
 
 
-def _gradients(ctx: Any, dlse: Tensor, dtarget: Tensor, dmean: Tensor) -> tuple[Any, ...]:
-    grads = (grad.contiguous() for grad in (dlse, dtarget, dmean))
+def _gradients(ctx: Any, dlse: Tensor, dtarget: Tensor, dspread: Tensor) -> tuple[Any, ...]:
+    grads = (grad.contiguous() for grad in (dlse, dtarget, dspread))
     dhidden, dweight = _partials_backward(*grads, *ctx.saved_tensors, *ctx.settings)
     return dhidden, dweight, *[None] * 7
 

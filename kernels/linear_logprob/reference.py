@@ -1,8 +1,8 @@
 """Log-probabilities from hidden states in plain torch, a bounded number of logits at a time.
 
-With z = h W^T / temperature over the valid rows of W, p = softmax(z), lse = log sum exp z, m = sum p z:
+With z = h W^T / temperature over the valid rows of W, p = softmax(z), lse = log sum exp z, H = -sum p log p:
 
-    d lse / d z_v = p_v,   d z_y / d z_v = [v = y],   d m / d z_v = p_v (1 + z_v - m)
+    d lse / d z_v = p_v,   d z_y / d z_v = [v = y],   d H / d z_v = -p_v (log p_v + H)
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def forward(
     temperature: float,
     entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """lse, target logit and mean logit of each token over this shard, [T] fp32 (fp64 for fp64 hidden states)."""
+    """lse, target logit and entropy of each token over this shard, [T] fp32 (fp64 for fp64 hidden states)."""
     wide = _wide(hidden_TD.dtype)
-    lse, target, mean = hidden_TD.new_zeros((3, targets_T.shape[0]), dtype=wide).unbind(0)
+    lse, target, spread = hidden_TD.new_zeros((3, targets_T.shape[0]), dtype=wide).unbind(0)
     tokens_N = _active(targets_T, mask_T)
     if valid_rows == 0:
         lse[tokens_N] = -torch.inf
-        return lse.clone(), target.clone(), mean.clone()
+        return lse.clone(), target.clone(), spread.clone()
     weight = weight_VD[:valid_rows].to(wide)
     for tokens in _chunks(tokens_N, valid_rows):
         logits = _logits(hidden_TD, weight, tokens, temperature)
@@ -61,20 +61,21 @@ def forward(
         picked = logits.gather(1, local.clamp(0, valid_rows - 1)[:, None]).squeeze(1)
         target[tokens] = torch.where(here, picked, 0.0)
         if entropy:
-            mean[tokens] = (torch.exp(logits - chunk_lse[:, None]) * logits).sum(-1)
-    return lse.clone(), target.clone(), mean.clone()
+            table = logits.sub_(chunk_lse[:, None])
+            spread[tokens] = -(torch.exp(table) * table).sum(-1)
+    return lse.clone(), target.clone(), spread.clone()
 
 
 def backward(
     dlse_T: Tensor,
     dtarget_T: Tensor,
-    dmean_T: Tensor,
+    dspread_T: Tensor,
     hidden_TD: Tensor,
     weight_VD: Tensor,
     targets_T: Tensor,
     mask_T: Tensor | None,
     lse_T: Tensor,
-    mean_T: Tensor,
+    spread_T: Tensor,
     vocab_start: int,
     valid_rows: int,
     temperature: float,
@@ -91,8 +92,8 @@ def backward(
         logits = _logits(hidden_TD, weight, tokens, temperature)
         probs = torch.exp(logits - lse_T[tokens, None])
         if entropy:
-            slope = logits.sub_(mean_T[tokens, None] - 1.0).mul_(dmean_T[tokens, None]).add_(dlse_T[tokens, None])
-            dlogits = probs.mul_(slope)
+            surprise = logits.sub_((lse_T - spread_T)[tokens, None])  # log p + H
+            dlogits = probs.mul_(surprise.mul_(dspread_T[tokens, None]).neg_().add_(dlse_T[tokens, None]))
         else:
             dlogits = probs.mul_(dlse_T[tokens, None])
         local = targets_T[tokens] - vocab_start

@@ -1,7 +1,7 @@
 """The log-prob head in Triton.
 
 Forward: a program multiplies a tile of tokens with a range of vocabulary rows and keeps three running numbers a
-token (maximum, sum of exponentials, sum of exponentials times logit); the ranges are combined afterwards.
+token (maximum m, sum of exp(z - m), sum of exp(z - m) (z - m)); the ranges are combined afterwards.
 Backward: for ``CHUNK_ROWS`` vocabulary rows at a time one kernel computes the logits again and writes their
 gradients [T, CHUNK_ROWS] in the input's dtype; two library GEMMs turn them into gradients of weight and hidden.
 """
@@ -40,7 +40,7 @@ def _logits(
 
 @triton.jit
 def logprob_forward(
-    hidden_ptr, weight_ptr, target_ptr, lse_ptr, picked_ptr, mean_ptr, num_tokens, num_rows, width, rows_each,
+    hidden_ptr, weight_ptr, target_ptr, lse_ptr, picked_ptr, spread_ptr, num_tokens, num_rows, width, rows_each,
     vocab_start, stride_h, stride_w, inverse_temperature,
     ENTROPY: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -63,9 +63,11 @@ def logprob_forward(
         higher = tl.maximum(highest, tl.max(logit, 1))
         share = tl.exp(logit - higher[:, None])
         rescale = tl.exp(highest - higher)
-        total = total * rescale + tl.sum(share, 1)
         if ENTROPY:
-            moment = moment * rescale + tl.sum(tl.where(real, share * logit, 0.0), 1)
+            rise = tl.where(highest == -float("inf"), 0.0, higher - highest)
+            gained = tl.sum(tl.where(real, share * (logit - higher[:, None]), 0.0), 1)
+            moment = (moment - rise * total) * rescale + gained
+        total = total * rescale + tl.sum(share, 1)
         hit = real & (vocab[None, :] == target[:, None])
         picked += tl.sum(tl.where(hit, logit, 0.0), 1)
         highest = higher
@@ -73,12 +75,12 @@ def logprob_forward(
     tl.store(lse_ptr + place, highest + tl.log(total), mask=token < num_tokens)
     tl.store(picked_ptr + place, picked, mask=token < num_tokens)
     if ENTROPY:
-        tl.store(mean_ptr + place, moment / total, mask=token < num_tokens)
+        tl.store(spread_ptr + place, tl.log(total) - moment / total, mask=token < num_tokens)
 
 
 @triton.jit
 def logprob_dlogits(
-    hidden_ptr, weight_ptr, target_ptr, mask_ptr, lse_ptr, mean_ptr, dlse_ptr, dpicked_ptr, dmean_ptr, dlogit_ptr,
+    hidden_ptr, weight_ptr, target_ptr, mask_ptr, lse_ptr, spread_ptr, dlse_ptr, dpicked_ptr, dspread_ptr, dlogit_ptr,
     num_tokens, num_rows, width, first_row, stride_h, stride_w, stride_d, vocab_start, inverse_temperature,
     ENTROPY: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
@@ -94,9 +96,9 @@ def logprob_dlogits(
     lse = tl.load(lse_ptr + token, mask=here, other=0.0)
     slope = tl.load(dlse_ptr + token, mask=here, other=0.0)[:, None]
     if ENTROPY:
-        mean = tl.load(mean_ptr + token, mask=here, other=0.0)
-        dmean = tl.load(dmean_ptr + token, mask=here, other=0.0)
-        slope = slope + dmean[:, None] * (1.0 + logit - mean[:, None])
+        spread = tl.load(spread_ptr + token, mask=here, other=0.0)
+        dspread = tl.load(dspread_ptr + token, mask=here, other=0.0)
+        slope = slope - dspread[:, None] * (logit - lse[:, None] + spread[:, None])
     dlogit = tl.exp(logit - lse[:, None]) * slope
     target = tl.load(target_ptr + token, mask=here, other=0) - vocab_start
     dpicked = tl.load(dpicked_ptr + token, mask=here, other=0.0)
@@ -134,7 +136,7 @@ def forward(
     temperature: float,
     entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """lse, target logit and mean logit of each token, [T] fp32; the arguments of ``zj::linear_logprob``."""
+    """lse, target logit and entropy of each token, [T] fp32; the arguments of ``zj::linear_logprob``."""
     hidden, weight = _rows(hidden, "hidden"), _rows(weight, "weight")
     num_tokens, width = hidden.shape
     config = _table("logprob_forward", hidden)
@@ -143,15 +145,17 @@ def forward(
     rows_each = triton.cdiv(triton.cdiv(valid_rows, splits), config["BV"]) * config["BV"]
     splits = triton.cdiv(valid_rows, rows_each) if valid_rows else 0
     lse, picked = (hidden.new_empty((splits, num_tokens), dtype=torch.float32) for _ in range(2))
-    mean = torch.empty_like(lse) if entropy else lse
+    spread = torch.empty_like(lse) if entropy else lse
     launch(
         logprob_forward, (blocks, splits),
-        hidden, weight, targets.contiguous(), lse, picked, mean, num_tokens, valid_rows, width, rows_each, vocab_start,
-        hidden.stride(0), weight.stride(0), 1.0 / temperature, ENTROPY=entropy, PRECISION=_precision(hidden), **config,
+        hidden, weight, targets.contiguous(), lse, picked, spread, num_tokens, valid_rows, width, rows_each,
+        vocab_start, hidden.stride(0), weight.stride(0), 1.0 / temperature, ENTROPY=entropy,
+        PRECISION=_precision(hidden), **config,
     )  # fmt: skip
     whole = lse.logsumexp(0)
     target = picked.sum(0)
-    average = (torch.exp(lse - whole) * mean).sum(0) if entropy else torch.zeros_like(whole)
+    log_share = lse - whole
+    average = (torch.exp(log_share) * (spread - log_share)).sum(0) if entropy else torch.zeros_like(whole)
     if mask is not None:
         whole, target, average = (x.masked_fill(~mask, 0.0) for x in (whole, target, average))
     return whole, target, average
@@ -160,13 +164,13 @@ def forward(
 def backward(
     dlse: Tensor,
     dtarget: Tensor,
-    dmean: Tensor,
+    dspread: Tensor,
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     mask: Tensor | None,
     lse: Tensor,
-    mean: Tensor,
+    spread: Tensor,
     vocab_start: int,
     valid_rows: int,
     temperature: float,
@@ -185,7 +189,7 @@ def backward(
         launch(
             logprob_dlogits, (triton.cdiv(num_tokens, config["BT"]), triton.cdiv(size, config["BV"])),
             hidden, weight, targets.contiguous(), targets if mask is None else mask.contiguous().view(torch.int8), lse,
-            mean, dlse, dtarget, dmean, dlogits, num_tokens, valid_rows, width, first, hidden.stride(0),
+            spread, dlse, dtarget, dspread, dlogits, num_tokens, valid_rows, width, first, hidden.stride(0),
             weight.stride(0), size, vocab_start, 1.0 / temperature,
             ENTROPY=entropy, HAS_MASK=mask is not None, PRECISION=_precision(hidden), **config,
         )  # fmt: skip

@@ -48,7 +48,7 @@ def _attention() -> dict[str, Proof]:
         "mha": partial(prove_attention, (35,), FP32, heads=2, kv_heads=2),
         "one token": partial(prove_attention, (1,), BF16),
         "length-1 rows": partial(prove_attention, (1, 1, 1), FP32, heads=4, kv_heads=2),
-        "scale": partial(prove_attention, (37,), FP32, scale=0.7),
+        "scale": partial(prove_attention, (37,), FP32, scale=0.3),
         "large scores": partial(prove_attention, (37,), BF16, size=40.0),
         "head 80": partial(prove_attention, (35,), BF16, dim=80),
         "head 96": partial(prove_attention, (35,), FP32, dim=96),
@@ -110,7 +110,7 @@ def _logprob() -> dict[str, Proof]:
             f"temperature and padding {tag}": partial(prove_logprob, 9, 96, 32, dtype, temperature=0.6, valid=70),
             f"masked {tag}": partial(prove_logprob, 17, 50, 48, dtype, masked="some"),
             f"shard {tag}": partial(prove_logprob_shard, dtype),
-            f"large logits {tag}": partial(prove_logprob, 8, 64, 32, dtype, size=60.0),
+            f"large logits {tag}": partial(prove_logprob, 8, 64, 32, dtype, size=8.0),
             f"no entropy {tag}": partial(prove_logprob, 18, 65, 33, dtype, entropy=False),
         }
     return cases | {
@@ -129,7 +129,9 @@ def _heads(op: str) -> dict[str, Proof]:
                 f"norm and bias {tag}": partial(prove_reward, 5, 37, dtype),
                 f"no norm {tag}": partial(prove_reward, 3, 64, dtype, norm=False),
                 f"no bias {tag}": partial(prove_reward, 2, 50, dtype, bias=False),
-                f"ragged groups {tag}": partial(prove_ranking, (5, 1, 2, 4), dtype, margin=0.0, centering=0.0, mean=True),
+                f"ragged groups {tag}": partial(
+                    prove_ranking, (5, 1, 2, 4), dtype, margin=0.0, centering=0.0, mean=True
+                ),
                 f"margin and centering {tag}": partial(
                     prove_ranking, (3, 4, 12), dtype, margin=0.5, centering=0.3, mean=True
                 ),

@@ -162,7 +162,7 @@ class _Memory:
     def cells(self, pointers: Any, mask: Any, size: int, what: str) -> Any:
         """Index of every active address; a fault where one is in no tensor."""
         shape = np.broadcast_shapes(np.shape(pointers), np.shape(mask))
-        active = np.broadcast_to(pointers, shape)[np.broadcast_to(mask, shape)].astype(np.int64)
+        active = np.broadcast_to(pointers, shape)[np.broadcast_to(mask, shape).astype(bool)].astype(np.int64)
         if not active.size:
             return active
         span = np.searchsorted(self.starts, active, side="right") - 1
@@ -205,7 +205,11 @@ def _size(pointers: Any) -> int:
 
 def _install_memory() -> None:
     executor = interpreter.GridExecutor
-    plain_args, plain_load, plain_store = executor._init_args_hst, Builder.create_masked_load, Builder.create_masked_store
+    plain_args, plain_load, plain_store = (
+        executor._init_args_hst,
+        Builder.create_masked_load,
+        Builder.create_masked_store,
+    )
 
     def take_args(self: Any, args: Any, kwargs: Any) -> Any:
         result = plain_args(self, args, kwargs)

@@ -26,20 +26,26 @@ from tests.kernels.cases import ends, naive_attention, normal, relative_error
 
 DEVICE = torch.device("cpu" if dispatch.interpreting() or not torch.cuda.is_available() else "cuda")
 DTYPES = (torch.float32, torch.bfloat16)
-FLOOR = {torch.float32: 1e-7, torch.bfloat16: 2e-3, torch.float16: 3e-4}  # half a rounding: torch may be exact by luck
+FLOOR = {torch.float32: 3e-7, torch.bfloat16: 2e-3, torch.float16: 3e-4}  # half a rounding: torch may be exact by luck
 
 Proof = Callable[[], None]
 
 
-def judge(found: Tensor, same_dtype: Tensor, truth: Tensor, dtype: torch.dtype, what: str) -> None:
-    """The rule of the module's docstring; infinities must be at the same places."""
+def judge(found: Tensor, same_dtype: Tensor, truth: Tensor, dtype: torch.dtype, what: str, scale: float) -> None:
+    """The rule of the module's docstring; infinities must be at the same places.
+
+    ``scale``: the norm to compare with where the truth is exactly 0.
+    """
     found, same_dtype, truth = found.detach().cpu(), same_dtype.detach().cpu(), truth.detach().cpu()
     assert found.shape == truth.shape, f"{what}: shape {found.shape}, not {truth.shape}"
     infinite = torch.isinf(truth)
     assert torch.equal(torch.isinf(found), infinite), f"{what}: infinities elsewhere"
     found, same_dtype, truth = (x.double().masked_fill(infinite, 0.0) for x in (found, same_dtype, truth))
     assert not torch.isnan(found).any(), f"{what}: NaN"
-    error, torch_error = relative_error(found, truth), relative_error(same_dtype, truth)
+    if truth.norm() < 1e-9 * scale:
+        error, torch_error = (x.norm().item() / scale for x in (found, same_dtype))
+    else:
+        error, torch_error = relative_error(found, truth), relative_error(same_dtype, truth)
     assert error <= 2 * torch_error + FLOOR[dtype], f"{what}: error {error:.2e}, torch {torch_error:.2e}"
     if dtype == torch.float32:
         assert error <= 1e-6, f"{what}: error {error:.2e} in fp32"
@@ -71,8 +77,9 @@ def compare(op: Function, plain: Function, inputs: Sequence[Tensor], dtype: torc
     same = run(plain, dtype, torch.device("cpu"))
     truth = run(plain, torch.float64, torch.device("cpu"))
     for what, have, torch_has, true in zip(("output", "gradient"), found, same, truth, strict=True):
+        scale = max([x.double().nan_to_num(posinf=0.0, neginf=0.0).norm().item() for x in true], default=0.0)
         for index, triple in enumerate(zip(have, torch_has, true, strict=True)):
-            judge(*triple, dtype, f"{what} {index}")
+            judge(*triple, dtype, f"{what} {index}", max(scale, 1e-30))
 
 
 # --- attention ------------------------------------------------------------------------------------------------------
@@ -96,7 +103,9 @@ def prove_attention(
     cu_k = ends(list(lengths_k or lengths))
     cu_q, slots = ends(list(lengths)), None
     if shards:
-        pieces = [torch.arange(a, b).view(shards, -1) for a, b in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True)]
+        pieces = [
+            torch.arange(a, b).view(shards, -1) for a, b in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True)
+        ]
         slots = torch.cat([piece for blocks in pieces for piece in (blocks[0], blocks[-1])])
         cu_q = cu_q * 2 // shards
     q = normal(int(cu_q[-1]), heads, dim, scale=size)
@@ -184,9 +193,7 @@ def prove_norm(rows: int, width: int, dtype: torch.dtype, *, strided: bool = Fal
     def cut(x: Tensor) -> Tensor:
         return x[:, width:] if strided else x
 
-    compare(
-        lambda x, w: [rms_norm(cut(x), w, 1e-3)], lambda x, w: [naive_norm(cut(x), w, 1e-3)], (x, weight), dtype
-    )
+    compare(lambda x, w: [rms_norm(cut(x), w, 1e-3)], lambda x, w: [naive_norm(cut(x), w, 1e-3)], (x, weight), dtype)
 
 
 def prove_add_norm(rows: int, width: int, dtype: torch.dtype) -> None:
@@ -258,7 +265,8 @@ def prove_logprob(
         )  # fmt: skip
         logprob, spread = (x.detach() for x in found)
         assert (logprob <= 0).all(), "a log-probability above 0"
-        assert (spread >= 0).all() and (spread <= math.log(rows) * (1 + 1e-6)).all(), "an entropy out of bounds"
+        assert (spread >= 0).all(), "a negative entropy"
+        assert (spread <= math.log(rows) * (1 + 1e-6)).all(), "an entropy above log V"
         return found if entropy else found[:1]
 
     def plain(hidden: Tensor, weight: Tensor) -> Sequence[Tensor]:
@@ -285,9 +293,10 @@ def prove_logprob_shard(dtype: torch.dtype) -> None:
         logits = (hidden @ weight.t()).to(torch.promote_types(hidden.dtype, torch.float32)) / 1.5
         here = (targets >= start) & (targets < start + rows)
         picked = logits.gather(1, (targets - start).clamp(0, rows - 1)[:, None]).squeeze(1)
-        return logits.logsumexp(-1), torch.where(here, picked, 0.0), (logits.softmax(-1) * logits).sum(-1)
+        table = logits.log_softmax(-1)
+        return logits.logsumexp(-1), torch.where(here, picked, 0.0), -(table.exp() * table).sum(-1)
 
-    compare(kernel, plain, (normal(tokens, 48), normal(rows, 48, seed=1)), dtype)
+    compare(kernel, plain, (normal(tokens, 48, scale=0.15), normal(rows, 48, seed=1)), dtype)
 
 
 def prove_reward(rows: int, width: int, dtype: torch.dtype, *, norm: bool = True, bias: bool = True) -> None:
@@ -353,7 +362,9 @@ def prove_ranking(sizes: Sequence[int], dtype: torch.dtype, *, margin: float, ce
 
 def prove_value(tokens: int, width: int, dtype: torch.dtype, *, bias: bool = True, strided: bool = False) -> None:
     """The value head alone."""
-    inputs = [normal(tokens, width * (2 if strided else 1)), normal(width, seed=1)] + ([normal(1, seed=2)] if bias else [])
+    inputs = [normal(tokens, width * (2 if strided else 1)), normal(width, seed=1)] + (
+        [normal(1, seed=2)] if bias else []
+    )
 
     def plain(hidden: Tensor, weight: Tensor, *rest: Tensor) -> Sequence[Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
