@@ -1,7 +1,7 @@
 """Multiple choice by option likelihood: C-Eval and CMMLU (csv), CMExam (csv, several answers), the demo's exam.
 
-Two styles.  ``option``: the stem is the prompt, every option's text is scored after it.  ``letter``: the prompt lists the
-options, the letters are scored.  The prompt goes through the model's own chat template.
+Two styles.  ``option``: the stem is the prompt, every option's text is scored after it.  ``letter``: the prompt lists
+the options, the letters are scored.  The prompt goes through the model's own chat template.
 """
 
 from __future__ import annotations

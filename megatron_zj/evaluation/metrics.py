@@ -64,9 +64,10 @@ def corpus_bleu(
     weights: Sequence[float] = (0.25, 0.25, 0.25, 0.25),
     units: Callable[[str], Units] = characters,
 ) -> float:
-    """BLEU in [0, 1] over all pairs: clipped n-gram precisions, geometric mean by ``weights`` (n = 1 ...), brevity penalty.
+    """BLEU in [0, 1] over all pairs: geometric mean of clipped n-gram precisions, brevity penalty.
 
-    One hypothesis has one or more references.  An order without any match makes it 0 (no smoothing).
+    ``weights``: of the orders 1, 2 ...  A hypothesis has one or more references.  An order without any match makes it 0
+    (no smoothing).
     """
     if len(hypotheses) != len(references):
         raise ValueError(f"{len(hypotheses)} hypotheses for {len(references)} reference lists")
