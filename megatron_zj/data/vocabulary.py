@@ -62,7 +62,7 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).splitlines()[-1]
+        reason = str(error).splitlines()[-1].split("] ")[-1]  # without the library's source line
         raise DataError(f"cannot train {vocab_size} pieces: {reason}\n  -> change vocab_size or the texts") from error
     return SentencePieceTokenizer(model.getvalue(), {})
 
