@@ -27,6 +27,8 @@ ENVIRONMENT = {
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
 }
 _TAIL_LINES = 3  # of a failed job's output, in the table
+_NOT_IN_A_NAME = r"[^\w.,=+-]+"
+_NAME_LENGTH = 60  # characters: file names end at 255 bytes, and one character takes up to 4
 _GRACE_SECONDS = 30  # what torchrun gets to end its workers after an interrupt
 
 
@@ -41,13 +43,10 @@ class Job:
     folder: Path
 
     @classmethod
-    def of(
-        cls, index: int, point: Sequence[str], config: RunConfig, world_size: int, root: Path, folder: Path | None
-    ) -> Job:
-        """A job of a sweep under ``root`` (its run.dir becomes its folder), or a lone one in ``folder``."""
-        where = folder if folder is not None else root / f"{index:03d}_{_slug(point)}".rstrip("_")
-        settled = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=where), world_size=world_size)
-        return cls(index, tuple(point), settled, world_size, where)
+    def of(cls, index: int, point: Sequence[str], config: RunConfig, world_size: int, folder: Path) -> Job:
+        """A job whose configuration says its folder and its ranks."""
+        settled = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=folder), world_size=world_size)
+        return cls(index, tuple(point), settled, world_size, folder)
 
     @classmethod
     def read(cls, folder: Path) -> Job:
@@ -185,10 +184,6 @@ def _tail(log: Path) -> list[str]:
     return [f"  {line[:200]}" for line in shown] + [f"  output: {log}"]
 
 
-def _slug(point: Sequence[str]) -> str:
-    """``optim.lr=1e-4,run.seed=2``; without the experiment and anything a file system dislikes."""
-    kept = [text for text in point if not text.startswith("experiment=")]
-    return re.sub(r"[^\w.,=+-]+", "_", ",".join(kept))[: _SLUG_BYTES // 4]
-
-
-_SLUG_BYTES = 240  # file names end at 255 bytes, and a Chinese character takes up to 4
+def job_name(index: int, swept: Sequence[str]) -> str:
+    """``002_optim.lr=1e-4,run.seed=2``: what tells the job from the others, without what a file system dislikes."""
+    return f"{index:03d}_{re.sub(_NOT_IN_A_NAME, '_', ','.join(swept))[:_NAME_LENGTH]}".rstrip("_")

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_zj.cli.compose import compose_run, load_frozen
-from megatron_zj.cli.jobs import Job, expand, freeze, read_state, run_job, table, torchrun_command
+from megatron_zj.cli.jobs import Job, expand, freeze, job_name, read_state, run_job, table, torchrun_command
 from megatron_zj.cli.main import entry
 from megatron_zj.cli.slurm import Allocation, write_sbatch
 from megatron_zj.config.checks import check, require
@@ -92,6 +92,7 @@ def _plan(options: argparse.Namespace) -> list[Job]:
     else:
         points = expand(options.overrides) if options.multirun else [tuple(options.overrides)]
     one_folder = not (options.multirun or options.slurm)
+    fixed = set(points[0]).intersection(*points)
     jobs, problems = [], []
     for index, point in enumerate(points):
         try:
@@ -102,8 +103,9 @@ def _plan(options: argparse.Namespace) -> list[Job]:
             where = f"point {index} ({' '.join(point)}): " if options.multirun else ""
             problems += [f"{where}{problem}" for problem in error.problems]
             continue
-        folder = config.run.dir if one_folder else None
-        jobs.append(Job.of(index, point, config, world_size, options.dir, folder))
+        label = [text for text in point if text not in fixed]
+        folder = config.run.dir if one_folder else options.dir / job_name(index, label)
+        jobs.append(Job.of(index, point, config, world_size, folder))
     if problems:
         raise ConfigError(problems)
     if options.slurm and any(job.world_size % options.nodes for job in jobs):

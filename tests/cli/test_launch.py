@@ -63,7 +63,7 @@ def test_a_two_by_two_sweep_with_a_failing_point_gives_three_results_and_names_t
 ) -> None:
     without_torchrun(monkeypatch)
     root = tmp_path / "sweep"
-    argv = ["--multirun", *DEBUG, "optim.lr=0.1,0.2", "run.seed=1,2", "--dir", str(root)]
+    argv = ["--multirun", *DEBUG, "optim.lr=0.1,0.2", "run.seed=1,2", "run.num_steps=9", "--dir", str(root)]
     assert main(argv, stand_in) == 1
     shown = capsys.readouterr().out
     assert states(root) == {
@@ -74,7 +74,9 @@ def test_a_two_by_two_sweep_with_a_failing_point_gives_three_results_and_names_t
     }
     results = [json.loads(path.read_text()) for path in sorted(root.glob("*/result_0.json"))]
     assert [(result["lr"], result["seed"]) for result in results] == [(0.1, 1), (0.1, 2), (0.2, 1)]
-    assert "FAILED 003_optim.lr=0.2,run.seed=2: experiment=debug/pretrain optim.lr=0.2 run.seed=2" in shown
+    assert (
+        "FAILED 003_optim.lr=0.2,run.seed=2: experiment=debug/pretrain optim.lr=0.2 run.seed=2 run.num_steps=9" in shown
+    )
     assert "  error: planned failure\n" in shown
     frozen = load_frozen(root / "003_optim.lr=0.2,run.seed=2" / "config.yaml")
     assert (frozen.run.dir, frozen.world_size) == (root / "003_optim.lr=0.2,run.seed=2", 1)
@@ -216,7 +218,7 @@ def test_the_environment_is_that_of_the_launch_scripts(tmp_path: Path) -> None:
     assert {
         name: variables[name] for name in variables if name.isupper() and name not in ("PWD", "SHLVL")
     } == ENVIRONMENT
-    job = Job.of(0, (), compose_run(["experiment=debug/pretrain"]), 1, tmp_path, None)
+    job = Job.of(0, (), compose_run(["experiment=debug/pretrain"]), 1, tmp_path)
     assert torchrun_command(job, TRAIN, 0)[1:4] == [f"{name}={value}" for name, value in ENVIRONMENT.items()]
 
 
