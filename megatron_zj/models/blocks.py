@@ -70,7 +70,7 @@ class Swiglu(nn.Module):
         return {}
 
 
-class PackedAttention(MegatronModule):
+class PackedAttention(MegatronModule):  # type: ignore[misc]
     """Causal attention inside each sequence of a pack; with context parallelism over keys gathered from all ranks."""
 
     def __init__(
@@ -84,7 +84,6 @@ class PackedAttention(MegatronModule):
         **unused: Any,
     ) -> None:
         super().__init__(config)
-        self.layer = layer_number - 1  # from 0, over the whole model
         self.cp_group = pg_collection.cp
         self.tp_group = pg_collection.tp  # sharded_state_dict looks for it
 
@@ -99,12 +98,8 @@ class PackedAttention(MegatronModule):
         **unused: Any,
     ) -> Tensor:
         """[T, H, E], [T, G, E], [T, G, E] -> [T, H * E]."""
-        pack = packed_seq_params
-        if pack.cache is not None:
-            out_THE = pack.cache.attend(self.layer, query, key, value)
-        else:
-            with self.config.kernel_backend():
-                out_THE = self._attend(query, key, value, pack)
+        with self.config.kernel_backend():
+            out_THE = self._attend(query, key, value, packed_seq_params)
         return out_THE.reshape(out_THE.shape[0], -1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, pack: PackedLayout) -> Tensor:
@@ -126,10 +121,10 @@ class PackedAttention(MegatronModule):
         )[0]
 
 
-class LlamaAttention(SelfAttention):
+class LlamaAttention(SelfAttention):  # type: ignore[misc]
     """Self-attention whose rotary embedding goes by each token's position and never synchronises with the host."""
 
-    def forward(self, hidden_states: Tensor, pack: PackedLayout) -> Tensor:  # type: ignore[override]
+    def forward(self, hidden_states: Tensor, pack: PackedLayout) -> Tensor:
         """[T (/ tp), 1, D] -> the same, the residual not added."""
         fused, _ = self.linear_qkv(hidden_states)
         slots, groups, size = fused.shape[0], self.num_query_groups_per_partition, self.hidden_size_per_attention_head
@@ -144,11 +139,11 @@ class LlamaAttention(SelfAttention):
             out = checkpoint(self._core(pack), False, query, key, value)
         else:
             out = self._core(pack)(query, key, value)
-        output, _ = self.linear_proj(out.view(slots, 1, -1))
+        output: Tensor = self.linear_proj(out.reshape(slots, 1, -1))[0]
         return output
 
     def _core(self, pack: PackedLayout) -> Any:
-        def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        def run(query: Tensor, key: Tensor, value: Tensor) -> Any:
             return self.core_attention(
                 query, key, value, None, attn_mask_type=self.attn_mask_type, packed_seq_params=pack
             )
@@ -156,12 +151,10 @@ class LlamaAttention(SelfAttention):
         return run
 
 
-class LlamaLayer(TransformerLayer):
+class LlamaLayer(TransformerLayer):  # type: ignore[misc]
     """Pre-norm residual layer without the branches a LLaMA never takes."""
 
-    def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, packed_seq_params: PackedLayout, **unused: Any
-    ) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, packed_seq_params: PackedLayout, **unused: Any) -> tuple[Tensor, None]:
         """[T (/ tp), 1, D] -> the same; the second item is megatron-core's cross-attention context, always None."""
         normed, norm = self._normed(self.input_layernorm, self.recompute_input_layernorm, hidden_states)
         out = self.self_attention(normed, packed_seq_params)
@@ -181,7 +174,8 @@ class LlamaLayer(TransformerLayer):
         return hidden_states + self._dropped(out), None
 
     def _mlp(self, x: Tensor) -> Tensor:
-        return self.mlp(x)[0]
+        out: Tensor = self.mlp(x)[0]
+        return out
 
     def _dropped(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.hidden_dropout, self.training) if self.hidden_dropout > 0.0 else x

@@ -147,7 +147,7 @@ def read_stage_grads(chunks: Sequence[LlamaStage], groups: ParallelGroups) -> di
 
     def gradient(parameter: torch.nn.Parameter) -> Tensor:
         main = getattr(parameter, "main_grad", None)
-        if main is not None:
+        if isinstance(main, Tensor):
             return main
         return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
@@ -186,7 +186,8 @@ def write_stage(chunks: Sequence[LlamaStage], groups: ParallelGroups, get: Calla
     for names, parameter in _parameters(chunks):
         parts = [part(name) for name in names]
         if len(parts) == 3:
-            fused = fuse_qkv(*parts, chunks[0].model.kv_heads // groups.tp_size)
+            query, key, value = parts
+            fused = fuse_qkv(query, key, value, chunks[0].model.kv_heads // groups.tp_size)
         else:
             fused = fuse_gate_up(*parts) if len(parts) == 2 else parts[0]
         parameter.copy_(fused)

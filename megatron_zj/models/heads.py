@@ -40,7 +40,7 @@ def check_wants(head: HeadKind, wants: Sequence[Want]) -> None:
         raise ValueError(f"a model with a {head!r} head gives {GIVES[head]}, not {missing}; build it with another head")
 
 
-class LmHead(ColumnParallelLinear):
+class LmHead(ColumnParallelLinear):  # type: ignore[misc]
     """Log-probability and entropy over a vocabulary sharded over tp; [T, V] never exists as a whole.
 
     ``vocab_size``: real rows; the rest of the padded vocabulary has probability 0.
@@ -61,7 +61,7 @@ class LmHead(ColumnParallelLinear):
         self.vocab_start = tp.rank() * self.output_size_per_partition
         self.valid_rows = min(max(vocab_size - self.vocab_start, 0), self.output_size_per_partition)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden: Tensor,
         packed: PackedBatch,
@@ -76,7 +76,7 @@ class LmHead(ColumnParallelLinear):
         with self.config.kernel_backend():
             partials = linear_logprob_partials(
                 self._whole(hidden),
-                self.weight if weight is None else weight,
+                self._matrix(weight),
                 packed.labels,
                 temperature=temperature,
                 mask_T=packed.targets,
@@ -92,12 +92,8 @@ class LmHead(ColumnParallelLinear):
         # Over tp, exponents that are all 0 at a masked slot still count one share a rank.
         return {want: outputs[want].where(packed.targets, 0.0) for want in wants}
 
-    def logits(self, hidden: Tensor, weight: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-        """[T, V] fp32 of this rank's rows, padded rows at -inf; for a decoder's few tokens, without gradient."""
-        weight = self.weight if weight is None else weight
-        logits_TV = torch.matmul(self._whole(hidden), weight.t()).float() / temperature
-        logits_TV[:, self.valid_rows :] = float("-inf")
-        return logits_TV
+    def _matrix(self, tied: Tensor | None) -> Any:
+        return self.weight if tied is None else tied
 
     def _whole(self, hidden: Tensor) -> Tensor:
         """[T, D] on every tp rank; each rank's gradient is a part of the sum, so backward adds them up."""
@@ -105,12 +101,14 @@ class LmHead(ColumnParallelLinear):
             hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
-        return hidden.squeeze(1)
+        whole_TD: Tensor = hidden.squeeze(1)
+        return whole_TD
 
     def _maximum(self, lse_T: Tensor) -> Tensor:
-        return gather_from_sequence_parallel_region(lse_T[None], group=self.tp_group).amax(0)
+        highest: Tensor = gather_from_sequence_parallel_region(lse_T[None], group=self.tp_group).amax(0)
+        return highest
 
-    def _sum(self, terms: Tensor) -> Tensor:
+    def _sum(self, terms: Tensor) -> Any:
         return reduce_from_tensor_model_parallel_region(terms, group=self.tp_group)
 
 
@@ -191,7 +189,7 @@ def _sum_over(values_R: Tensor, group: Any, sum_gradients: bool) -> Tensor:
 
     A gather and a local sum: megatron-core's all-reduce drops its result for a gradient that is not contiguous.
     """
-    gathered = gather_from_sequence_parallel_region(
+    gathered: Tensor = gather_from_sequence_parallel_region(
         values_R[None], tensor_parallel_output_grad=sum_gradients, group=group
     )
     return gathered.sum(0)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -21,7 +22,7 @@ from megatron_zj.config.model import HeadKind, ModelConfig, Want
 from megatron_zj.config.optim import EngineConfig
 from megatron_zj.models.canonical import init_stage
 from megatron_zj.models.heads import LmHead, ScoreHead, ValueHead, check_wants
-from megatron_zj.models.packed import KeyValueCache, PackedLayout, decode_layout, packed_layout
+from megatron_zj.models.packed import PackedLayout, packed_layout
 from megatron_zj.models.providers import block_spec
 from megatron_zj.models.rotary import rotary_frequencies
 from megatron_zj.models.transformer_config import LlamaConfig, transformer_config
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 _TRACKER = "model-parallel-rng"  # megatron-core's name for the stream of what differs between tp ranks
 
 
-class LlamaStage(GPTModel):
+class LlamaStage(GPTModel):  # type: ignore[misc]
     """One pipeline chunk: the embedding on the first, some layers, norm and head on the last."""
 
     def __init__(
@@ -62,7 +63,7 @@ class LlamaStage(GPTModel):
         if last:
             self.output_layer = self._build_head(config, groups)
 
-    def _build_head(self, config: LlamaConfig, groups: ParallelGroups) -> torch.nn.Module:
+    def _build_head(self, config: LlamaConfig, groups: ParallelGroups) -> Any:
         if self.head == "value":
             return ValueHead(config, groups.pgc)
         if self.head == "score":
@@ -71,7 +72,7 @@ class LlamaStage(GPTModel):
         weight = self.output_layer.weight
         return LmHead(config, weight, self.model.padded_vocab_size, self.model.vocab_size, groups.pgc.tp)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, packed: PackedBatch, wants: Sequence[Want] = (), temperature: float = 1.0
     ) -> Tensor | dict[Want, Tensor]:
         """Hidden states [T (/ tp under SP), 1, D] on an inner stage; on the last stage what is wanted.
@@ -89,31 +90,21 @@ class LlamaStage(GPTModel):
         hidden = self._hidden(packed.tokens, layout)
         if not self.post_process:
             return hidden
+        outputs: dict[Want, Tensor] = {}
         if not wants:
-            return {}
+            return outputs
         if self.head == "value":
-            return self.output_layer(hidden)
-        if self.head == "score":
-            return self.output_layer(hidden, packed, self.decoder.final_layernorm.weight)
-        return self.output_layer(hidden, packed, wants, temperature, self._tied_weight())
-
-    def decode(self, tokens: Tensor, positions: Tensor, cache: KeyValueCache) -> Tensor:
-        """New tokens [T] at ``positions`` [T], whose attention is ``cache``'s; hidden states [T (/ tp), 1, D].
-
-        For a decoder, under no_grad and eval().  With SP, T must be a multiple of tp: add dummy tokens.
-        The input of an inner stage comes from ``set_input_tensor``.
-        """
-        layout = decode_layout(positions, self.rotary_cos, self.rotary_sin, cache)
-        return self._hidden(tokens, layout)
-
-    def next_logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
-        """Logits [T, V / tp] fp32 of this rank's vocabulary rows, padded rows at -inf; last stage, lm head."""
-        check_wants(self.head, ("logprobs",))
-        return self.output_layer.logits(hidden, self._tied_weight(), temperature)
+            outputs = self.output_layer(hidden)
+        elif self.head == "score":
+            outputs = self.output_layer(hidden, packed, self.decoder.final_layernorm.weight)
+        else:
+            outputs = self.output_layer(hidden, packed, wants, temperature, self._tied_weight())
+        return outputs
 
     def _hidden(self, tokens: Tensor, layout: PackedLayout) -> Tensor:
         hidden = self.embedding(input_ids=tokens[None], position_ids=None) if self.pre_process else None
-        return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=layout)
+        out: Tensor = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=layout)
+        return out
 
     def _tied_weight(self) -> Tensor | None:
         return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
@@ -140,14 +131,14 @@ class LlamaStage(GPTModel):
         lm_head without a word.
         """
         metadata = {"dp_cp_group": self.groups.pgc.dp_cp, **(metadata or {})}  # a copy: megatron-core adds to it
-        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         for name in ("weight", "bias"):
             entry = state.get(f"{prefix}output_layer.{name}")
-            if self.head != "lm" and hasattr(entry, "key"):
+            if self.head != "lm" and isinstance(entry, ShardedTensor):
                 entry.key = f"{prefix}{self.head}_head.{name}"
         for name in ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias"):
             entry = state.get(f"{prefix}{name}")
-            if hasattr(entry, "allow_shape_mismatch"):
+            if isinstance(entry, ShardedTensor):
                 entry.allow_shape_mismatch = False
         return state
 

@@ -5,9 +5,9 @@ Legend: T slots of this context-parallel rank, S slots of the whole pack (T = S 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -15,13 +15,6 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from megatron_zj.data.packing import PackedBatch
-
-
-class KeyValueCache(Protocol):
-    """Attention of a decoder: the new tokens' keys and values go in, the queries' attention comes out."""
-
-    def attend(self, layer: int, query_THE: Tensor, key_TGE: Tensor, value_TGE: Tensor) -> Tensor:
-        """[T, H, E]; ``layer`` counts from 0 over the whole model; queries and keys are already rotated."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +28,14 @@ class ContextLayout:
 
 
 @dataclass
-class PackedLayout(PackedSeqParams):
+class PackedLayout(PackedSeqParams):  # type: ignore[misc]
     """megatron-core's parameters of a pack, and ours.  One object a forward pass, shared by all layers."""
 
-    positions: Tensor | None = None  # [T] int64: index in the sequence
-    cos_PE: Tensor | None = None  # [P, E / 2]
-    sin_PE: Tensor | None = None
+    positions: Tensor = field(kw_only=True)  # [T] int64: index in the sequence
+    cos_PE: Tensor = field(kw_only=True)  # [P, E / 2]
+    sin_PE: Tensor = field(kw_only=True)
     ends: tuple[int, ...] = ()  # cu_seqlens on the host
     context: ContextLayout | None = None  # with context parallelism
-    cache: KeyValueCache | None = None  # when decoding
 
 
 def packed_layout(packed: PackedBatch, cos_PE: Tensor, sin_PE: Tensor, cp: int) -> PackedLayout:
@@ -60,11 +52,6 @@ def packed_layout(packed: PackedBatch, cos_PE: Tensor, sin_PE: Tensor, cp: int) 
         ends=packed.cu_seqlens_list,
         context=context_layout(packed.cu_seqlens_list, packed.slots, cp) if cp > 1 else None,
     )
-
-
-def decode_layout(positions: Tensor, cos_PE: Tensor, sin_PE: Tensor, cache: KeyValueCache) -> PackedLayout:
-    """The layout of new tokens, one or more a row, whose attention is the cache's business."""
-    return PackedLayout(qkv_format="thd", positions=positions, cos_PE=cos_PE, sin_PE=sin_PE, cache=cache)
 
 
 def context_layout(ends: tuple[int, ...], slots_T: Tensor, cp: int) -> ContextLayout:

@@ -30,7 +30,7 @@ _KEYS = {
 }
 
 
-class KernelSpecProvider(LocalSpecProvider):
+class KernelSpecProvider(LocalSpecProvider):  # type: ignore[misc]
     """megatron-core's parallel linears with our norm, attention and activation."""
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:

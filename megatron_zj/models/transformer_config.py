@@ -19,7 +19,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
-class LlamaConfig(TransformerConfig):
+class LlamaConfig(TransformerConfig):  # type: ignore[misc]
     """megatron-core's configuration and ours.  The engine hangs callbacks on it, so two models never share one."""
 
     kernels: Literal["auto", "triton", "torch", "te"] = "auto"

@@ -69,39 +69,6 @@ def test_logprobs_of_a_pack_equal_hugging_face_row_by_row(groups: ParallelGroups
             torch.testing.assert_close(given[1:], expected, rtol=0, atol=1e-5)
 
 
-class NaiveCache:
-    """Keys and values in lists; attention as a formula.  One row."""
-
-    def __init__(self) -> None:
-        self.keys: dict[int, list[Tensor]] = {}
-        self.values: dict[int, list[Tensor]] = {}
-
-    def attend(self, layer: int, query_THE: Tensor, key_TGE: Tensor, value_TGE: Tensor) -> Tensor:
-        self.keys.setdefault(layer, []).append(key_TGE)
-        self.values.setdefault(layer, []).append(value_TGE)
-        share = query_THE.shape[1] // key_TGE.shape[1]
-        keys = torch.cat(self.keys[layer]).repeat_interleave(share, 1)
-        values = torch.cat(self.values[layer]).repeat_interleave(share, 1)
-        scores = torch.einsum("the,she->hts", query_THE, keys) / query_THE.shape[-1] ** 0.5
-        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(scores.shape[2] - scores.shape[1] + 1)
-        return torch.einsum("hts,she->the", scores.masked_fill(hidden, float("-inf")).softmax(-1), values)
-
-
-def test_decoding_with_a_cache_gives_hugging_face_s_logits(groups: ParallelGroups) -> None:
-    stage = build(groups, TINY).eval()
-    network = hf_llama(TINY, ReferenceLlama(TINY, seed=3, spread=5.0).state_dict(), torch.float32)
-    row = make_rows(TINY, (20,))[0]
-    cache, logits = NaiveCache(), []
-    with torch.no_grad():
-        for start, end in ((0, 7), (7, 8), (8, 9), (9, 20)):
-            hidden = stage.decode(row[start:end], torch.arange(start, end), cache)
-            logits.append(stage.next_logits(hidden))
-        expected = network(row[None]).logits[0]
-    found = torch.cat(logits)
-    torch.testing.assert_close(found[:, :90], expected[:, :90], rtol=0, atol=1e-5)
-    assert torch.equal(found[:, 90:], torch.full((20, 38), float("-inf"))), "padded rows can be sampled"
-
-
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize(("head", "want"), [("lm", "logprobs"), ("value", "values"), ("score", "scores")])
 def test_half_precision_is_close_and_gives_fp32_outputs(
@@ -190,7 +157,7 @@ def test_a_head_refuses_what_it_cannot_give(groups: ParallelGroups) -> None:
     with pytest.raises(ValueError, match=r"'value' head gives \('values',\), not \['logprobs'\]"):
         build(groups, TINY, "value")(packed, ("logprobs",))
     with pytest.raises(ValueError, match="'score' head"):
-        build(groups, TINY, "score").next_logits(torch.zeros(1, 1, 32))
+        build(groups, TINY, "score")(packed, ("scores", "entropy"))
 
 
 def test_a_row_longer_than_the_positions_is_refused(groups: ParallelGroups) -> None:
