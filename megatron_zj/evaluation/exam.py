@@ -20,6 +20,7 @@ from megatron_zj.evaluation.model import Codec, ScoreOptions, checked
 
 Style = Literal["option", "letter"]
 Normalize = Literal["sum", "mean"]
+_SUBJECT_COLUMNS = ("topic", "subject", "clinical department")  # else the file's name is the subject
 _OPTION = re.compile(r"^\s*([A-H])[\s.．、:：]\s*(.*)$")
 
 
@@ -125,7 +126,8 @@ def _item(row: Mapping[str, str], subject: str) -> ExamItem:
         raise ValueError(f"a question needs a stem and two options or more, found {len(options)}")
     if not answer or not answer <= set(options):
         raise ValueError(f"answer {row['answer']!r} is not among the options {', '.join(options)}")
-    return ExamItem(row.get("topic") or subject, row["question"], options, answer)
+    named = next((row[column] for column in _SUBJECT_COLUMNS if row.get(column)), subject)
+    return ExamItem(named, row["question"], options, answer)
 
 
 def _listed_options(text: str) -> dict[str, str]:

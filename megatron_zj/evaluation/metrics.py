@@ -9,7 +9,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from random import Random
+
+import torch
 
 Units = Sequence[Hashable]
 
@@ -46,8 +47,10 @@ def bootstrap(values: Sequence[float], confidence: float = 0.95, samples: int = 
     """Interval of the mean when the items are drawn again with replacement.  Raises ValueError without items."""
     if not values or not 0 < confidence < 1:
         raise ValueError(f"need items and 0 < confidence < 1, got {len(values)} items, confidence {confidence}")
-    random, size = Random(seed), len(values)
-    means = sorted(sum(random.choices(values, k=size)) / size for _ in range(samples))
+    size, generator = len(values), torch.Generator().manual_seed(seed)
+    items = torch.tensor(values, dtype=torch.float64)
+    drawn = [items[torch.randint(size, (size,), generator=generator)].mean() for _ in range(samples)]
+    means = sorted(float(mean) for mean in drawn)
     tail = (1 - confidence) / 2
     low, high = means[int(tail * (samples - 1))], means[math.ceil((1 - tail) * (samples - 1))]
     return Interval(sum(values) / size, low, high, confidence, size)
