@@ -24,11 +24,11 @@ class RoleConfig:
 class SamplingConfig:
     """How responses are drawn from the policy."""
 
-    max_new_tokens: int = 64
+    max_new_tokens: int = 64  # tokens of a response, eos included
     min_new_tokens: int = 0  # eos is forbidden before this many tokens
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # 0: off
-    top_p: float = 1.0
+    top_p: float = 1.0  # nucleus: likeliest tokens up to this probability; 1: off
     repetition_penalty: float = 1.0  # CTRL (Keskar et al. 2019); 1: off
     max_batch_rows: int = 64  # rows decoded at once, a data-parallel rank
 
@@ -82,17 +82,17 @@ class PPOConfig:
     reference: RoleConfig = RoleConfig()
     reward: RoleConfig = RoleConfig()
     sampling: SamplingConfig = SamplingConfig()
-    prompts_per_step: int = 32
-    samples_per_prompt: int = 1
+    prompts_per_step: int = 32  # prompts drawn an iteration, over all ranks
+    samples_per_prompt: int = 1  # responses to each prompt
     epochs: int = 2  # passes over a step's samples
     minibatch_size: int = 16  # samples an optimizer step
-    gamma: float = 1.0
-    lam: float = 0.95
-    kl_coef: float = 0.05
+    gamma: float = 1.0  # discount a token
+    lam: float = 0.95  # GAE's lambda (Schulman et al. 2016)
+    kl_coef: float = 0.05  # weight of the KL term, per token, in the reward
     kl_target: float | None = None  # mean sequence KL (nats) the report and the health check compare with
-    clip_ratio: float = 0.2
-    clip_value: float = 0.2
-    entropy_coef: float = 0.0
+    clip_ratio: float = 0.2  # the probability ratio counts within 1 -/+ this
+    clip_value: float = 0.2  # a new value counts within this of the old one
+    entropy_coef: float = 0.0  # weight of the entropy bonus; 0: none
     whiten_scores: bool = True  # subtract/divide by the reward model's stored mean and deviation
     missing_eos_penalty: float = 0.0  # subtracted from the score of a truncated answer
 

@@ -87,7 +87,7 @@ def missing_inputs(config: RunConfig) -> list[Finding]:
     if not config.data.files:
         what = "prepared prefixes (zj prepare)" if isinstance(config.data, CorpusConfig) else "files"
         found.append(Finding(key="data.files", message=f"empty; name the {what}: data.files=[PATH, ...]"))
-    if config.tokenizer.path is None and not isinstance(config.data, CorpusConfig):
+    if config.tokenizer.path is None:
         found.append(Finding(key="tokenizer.path", message="not set; name a .model file or a tokenizer folder"))
     if isinstance(config.algorithm, PPOConfig):
         if config.checkpoint.load is None and config.algorithm.actor.load is None:

@@ -14,7 +14,7 @@ Overlong = Literal["error", "truncate", "split", "skip"]
 class TokenizerConfig:
     """A SentencePiece ``.model`` file or a Hugging Face tokenizer folder."""
 
-    path: Path | None = None
+    path: Path | None = None  # a run needs one; None only until it is named
     special_tokens: tuple[str, ...] = ()  # added after the tokenizer's own pieces, in this order
 
 
@@ -35,13 +35,13 @@ class ChatConfig:
     """Multi-turn dialogues for SFT; every assistant turn and its eos carry loss."""
 
     kind: Literal["chat"] = "chat"
-    files: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()  # raw or prepared files, or folders of them
     format: str = "auto"  # a name of data/formats, or auto
-    template: str = "ziya"
+    template: str = "ziya"  # a name of data/chat.py
     max_length: int = 512  # tokens a row
-    overlong: Overlong = "truncate"
-    on_bad_record: OnBadRecord = "error"
-    validation_files: tuple[str, ...] = ()
+    overlong: Overlong = "truncate"  # what becomes of a longer record
+    on_bad_record: OnBadRecord = "error"  # a record that cannot be used: stop, or leave it out and count
+    validation_files: tuple[str, ...] = ()  # held-out records
     validation_fraction: float = 0.0  # of the records, when there are no validation_files
 
 
@@ -50,14 +50,14 @@ class PreferenceConfig:
     """Ranked responses (K >= 2 a prompt, ties allowed) for the reward model."""
 
     kind: Literal["preference"] = "preference"
-    files: tuple[str, ...] = ()
-    format: str = "auto"
-    template: str = "ziya"
-    max_length: int = 512
-    overlong: Overlong = "truncate"
-    on_bad_record: OnBadRecord = "error"
-    validation_files: tuple[str, ...] = ()
-    validation_fraction: float = 0.0
+    files: tuple[str, ...] = ()  # raw or prepared files, or folders of them
+    format: str = "auto"  # a name of data/formats, or auto
+    template: str = "ziya"  # a name of data/chat.py
+    max_length: int = 512  # tokens a row
+    overlong: Overlong = "truncate"  # what becomes of a longer record
+    on_bad_record: OnBadRecord = "error"  # a record that cannot be used: stop, or leave it out and count
+    validation_files: tuple[str, ...] = ()  # held-out records
+    validation_fraction: float = 0.0  # of the records, when there are no validation_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +65,12 @@ class PromptsConfig:
     """Prompts for rollouts."""
 
     kind: Literal["prompts"] = "prompts"
-    files: tuple[str, ...] = ()
-    format: str = "auto"
-    template: str = "ziya"
+    files: tuple[str, ...] = ()  # raw or prepared files, or folders of them
+    format: str = "auto"  # a name of data/formats, or auto
+    template: str = "ziya"  # a name of data/chat.py
     max_length: int = 256  # tokens a prompt
-    overlong: Overlong = "truncate"
-    on_bad_record: OnBadRecord = "error"
+    overlong: Overlong = "truncate"  # what becomes of a longer record
+    on_bad_record: OnBadRecord = "error"  # a record that cannot be used: stop, or leave it out and count
 
 
 DataConfig = CorpusConfig | ChatConfig | PreferenceConfig | PromptsConfig

@@ -26,18 +26,18 @@ class ModelConfig:
 
     preset: str | None = None  # a name of models/presets.py; for the log, the shape below is what counts
     vocab_size: int = 4096  # rows the tokenizer can produce; padded to a multiple of vocab_multiple
-    hidden_size: int = 128
+    hidden_size: int = 128  # width of the residual stream
     ffn_hidden_size: int = 352  # width of the SwiGLU product
-    num_layers: int = 4
-    num_attention_heads: int = 4
+    num_layers: int = 4  # transformer blocks
+    num_attention_heads: int = 4  # query heads
     num_query_groups: int | None = None  # key/value heads; None: as many as heads (MHA)
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
     max_position_embeddings: int = 512  # longest sequence, tokens
-    rope_theta: float = 10000.0
+    rope_theta: float = 10000.0  # base of the rotary frequencies
     rope_scaling: RopeScalingConfig | None = None
-    norm_eps: float = 1e-6
-    tie_embeddings: bool = False
-    init_std: float = 0.02
+    norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    tie_embeddings: bool = False  # the output layer is the embedding
+    init_std: float = 0.02  # standard deviation of the initial weights
     dropout: float = 0.0  # hidden and attention dropout; layout invariance is claimed at 0 only
     vocab_multiple: int = 64  # embedding rows are padded to a multiple of this, whatever the layout
     kernels: Literal["auto", "triton", "torch", "te"] = "auto"  # auto: Triton on CUDA, torch elsewhere

@@ -12,7 +12,7 @@ class LossScaleConfig:
 
     initial: float = 65536.0
     window: int = 1000  # steps without overflow before the scale doubles
-    minimum: float = 1.0
+    minimum: float = 1.0  # the scale never falls below
     hysteresis: int = 2  # overflows before the scale halves
 
 
@@ -44,13 +44,13 @@ class OptimConfig:
 
     lr: float = 1e-3  # peak
     min_lr: float = 0.0  # where the decay ends
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
+    beta1: float = 0.9  # decay of the first moment
+    beta2: float = 0.95  # decay of the second moment
+    eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.0  # not applied to biases, norms, scalar heads' biases
     clip_grad: float = 1.0  # global gradient norm; 0: no clipping
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: int = 0
+    warmup_steps: int = 0  # optimizer steps of linear warm-up
     decay_steps: int | None = None  # None: the run's number of optimizer steps
 
     def __post_init__(self) -> None:

@@ -34,6 +34,6 @@ class ParallelConfig:
 class PlacementConfig:
     """A block of consecutive global ranks and how they are arranged."""
 
-    first_rank: int = 0
+    first_rank: int = 0  # global rank of its first rank
     num_ranks: int | None = None  # None: all the ranks from first_rank on
     parallel: ParallelConfig = ParallelConfig()

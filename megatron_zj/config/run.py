@@ -19,13 +19,13 @@ class RunSettings:
     """The process: where it writes, how long it runs, what it shows."""
 
     dir: Path = Path("runs/default")  # logs, metrics, resolved config, checkpoints
-    seed: int = 0
+    seed: int = 0  # root of every random stream (runtime/seed.py)
     num_steps: int = 100  # algorithm steps (optimizer steps, or PPO iterations)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout_seconds: int = 600  # of every process group: how long a rank waits for a dead one
     log_every: int = 1  # steps between lines
     eval_every: int = 0  # steps between validation passes; 0: only at the end, where there is validation data
-    tensorboard: bool = False
+    tensorboard: bool = False  # also write metrics for TensorBoard into dir
     wandb_project: str | None = None  # Weights & Biases, when installed
 
 

@@ -10,25 +10,17 @@ import yaml
 from megatron_zj.cli import compose
 from megatron_zj.cli.compose import compose_run, conf_folder, frozen_text, load_frozen, options_of, save_frozen
 from megatron_zj.config.algorithm import PPOConfig
-from megatron_zj.config.checks import check
 from megatron_zj.config.data import ChatConfig, CorpusConfig
 from megatron_zj.config.loader import ConfigError
-from megatron_zj.config.run import RunConfig
 from megatron_zj.models.presets import PRESETS
 
 EXPERIMENTS = options_of("experiment")
-LARGE = [name for name in EXPERIMENTS if name.split("/")[0] in ("zhongjing", "chimed_gpt")]
 
 
 def refusal(*overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         compose_run(overrides)
     return str(caught.value)
-
-
-def sound(config: RunConfig) -> None:
-    findings = check(config, files=False, here=False)
-    assert [str(finding) for finding in findings if finding.level == "error"] == []
 
 
 def test_the_promised_experiments_exist() -> None:
@@ -41,22 +33,11 @@ def test_the_promised_experiments_exist() -> None:
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_is_sound_at_its_stated_world_size_and_survives_freezing(name: str, tmp_path: Path) -> None:
+def test_every_experiment_survives_freezing(name: str, tmp_path: Path) -> None:
+    """That each is possible at its world size is tests/architecture/test_experiments.py."""
     config = compose_run([f"experiment={name}"])
-    assert config.world_size is not None
-    sound(config)
     save_frozen(config, tmp_path / "config.yaml")
     assert load_frozen(tmp_path / "config.yaml") == config
-
-
-@pytest.mark.parametrize("name", LARGE)
-def test_13b_experiments_are_sound_on_8_and_64_gpus(name: str) -> None:
-    suffix = "_ppo" if name.endswith("ppo") else ""
-    for gpus in (8, 64):
-        config = compose_run([f"experiment={name}", f"layout={gpus}gpu{suffix}"])
-        assert config.world_size == gpus
-        sound(config)
-    sound(compose_run([f"experiment={name}", "world_size=64"]))
 
 
 def test_every_option_of_every_group_composes_alone() -> None:
@@ -178,12 +159,6 @@ def test_the_tree_is_found_in_an_installed_package_and_in_a_checkout(
         folder.mkdir(parents=True)
         (folder / "train.yaml").touch()
         assert conf_folder() == folder
-
-
-def test_the_tree_holds_no_time_stamps() -> None:
-    """Every rank composes for itself; ``${now:}`` would give each another answer."""
-    for path in conf_folder().rglob("*.yaml"):
-        assert "${now" not in path.read_text(encoding="utf-8"), path
 
 
 def test_conf_and_the_presets_hold_the_same_shapes() -> None:
