@@ -30,6 +30,7 @@ from megatron_zj.checkpoint.errors import CheckpointError
 from megatron_zj.checkpoint.files import FileRecord, HashingFile, read_json, write_bytes, write_json
 
 INDEX = "index.json"
+_CHECKED_AT_ONCE = 1 << 24  # values; the check's own memory stays small beside a large tensor
 _ADVICE = "the checkpoint is damaged, use another one"
 
 
@@ -230,9 +231,7 @@ class ShardReader:
             ]
             if any(a >= b for a, b in zip(starts, ends, strict=True)):
                 continue
-            piece = self._load(chunk.place, key)
-            if not isinstance(piece, Tensor) or tuple(piece.shape) != chunk.sizes:
-                raise CheckpointError(f"{self.folder / chunk.place.file} does not hold {key} as indexed; {_ADVICE}")
+            piece = self._load_chunk(chunk, key)
             box = piece[_box(starts, ends, chunk.offsets)]
             require_finite(key, box, str(self.folder / chunk.place.file))
             target[_box(starts, ends, offsets)].copy_(box)
@@ -246,6 +245,11 @@ class ShardReader:
         shape, offsets = list(stored.shape), [0] * len(stored.shape)
         if layer is not None:
             shape[0], offsets[0] = 1, layer
+        whole = [c for c in stored.chunks if list(c.sizes) == shape and list(c.offsets) == offsets]
+        if whole:  # as it lies, without a copy
+            piece = self._load_chunk(whole[0], key)
+            require_finite(key, piece, str(self.folder / whole[0].place.file))
+            return piece if layer is None else piece[0]
         target = torch.empty(shape, dtype=stored.dtype)
         self.read_box(key, target, offsets)
         return target if layer is None else target[0]
@@ -254,18 +258,52 @@ class ShardReader:
         """The object of a unique key."""
         return self._load(self.index.objects[key], key)[0]
 
+    def _load_chunk(self, chunk: Chunk, key: str) -> Tensor:
+        piece = self._load(chunk.place, key)
+        if not isinstance(piece, Tensor) or tuple(piece.shape) != chunk.sizes:
+            raise CheckpointError(f"{self.folder / chunk.place.file} does not hold {key} as indexed; {_ADVICE}")
+        return piece
+
     def _load(self, place: Place, key: str) -> Any:
         path = self.folder / place.file
         try:
             if place.file not in self._files:
                 self._files[place.file] = open(path, "rb")  # noqa: SIM115  closed by __exit__
-            file = self._files[place.file]
-            file.seek(place.start)
-            return torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
+            part = _FilePart(self._files[place.file], place.start, place.length)
+            return torch.load(part, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing; {_ADVICE}") from None
         except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{path} is damaged at {key} ({error}); {_ADVICE}") from None
+
+
+class _FilePart(io.RawIOBase):
+    """A part of an open file as a file of its own, so that torch reads straight into the tensor's memory."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        super().__init__()
+        self._file, self._start, self._length, self._position = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")[: max(0, self._length - self._position)]
+        self._file.seek(self._start + self._position)
+        count = self._file.readinto(view)  # type: ignore[attr-defined]
+        self._position += count
+        return int(count)
 
 
 def _box(starts: Iterable[int], ends: Iterable[int], origin: Iterable[int]) -> tuple[slice, ...]:
@@ -274,7 +312,12 @@ def _box(starts: Iterable[int], ends: Iterable[int], origin: Iterable[int]) -> t
 
 def require_finite(key: str, tensor: Tensor, where: str) -> None:
     """CheckpointError where ``tensor`` holds NaN or Inf."""
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    if not tensor.is_floating_point():
+        return
+    flat = tensor.reshape(-1)
+    for part in flat.split(_CHECKED_AT_ONCE):
+        if bool(torch.isfinite(part).all()):
+            continue
         raise CheckpointError(
             f"{where}: {key} holds NaN or Inf; a model in this state is of no use. Go back to an earlier checkpoint "
             "and look for the step whose loss or gradient norm exploded"
