@@ -178,7 +178,14 @@ class Heartbeat:
                     self._stop(1, "another rank is lost")
 
     def _stop(self, exit_code: int, why: str) -> None:
-        if self.claim_report():
+        """Report and end the process; a main thread that is already reporting gets the time to finish."""
+        if not self.claim_report():
+            deadline = time.monotonic() + EXIT_GRACE_SECONDS
+            while time.monotonic() < deadline and not self._closing:
+                time.sleep(0.05)
+            if self._closing:
+                return
+        else:
             text, _ = self.explain()
             sys.stderr.write(f"rank {self._rank}: {why} while in {str(self._activity)!r}; {text}\n")
             sys.stderr.flush()

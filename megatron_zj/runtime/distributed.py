@@ -72,7 +72,7 @@ def session(device: Literal["auto", "cpu", "cuda"], timeout_seconds: int) -> Ite
             raise
         text, aloud = heartbeat.explain()
         heartbeat.close("left")
-        reason = f"{text}. This rank ({process.rank}) was in phase {str(process.activity)!r}: {_one_line(error)}"
+        reason = f"a collective failed: {text}. This rank ({process.rank}) was in phase {str(process.activity)!r}: {_one_line(error)}"
         raise RankLostError(reason if aloud else f"rank {process.rank} leaves: another rank was lost") from error
     if process.world_size > 1:
         heartbeat.close("finished")

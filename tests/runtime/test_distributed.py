@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -73,7 +74,7 @@ def _run(
 def _quick_beats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activity, "BEAT_SECONDS", 0.2)
     monkeypatch.setattr(activity, "SILENCE_SECONDS", 1.5)
-    monkeypatch.setattr(activity, "EXIT_GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(activity, "EXIT_GRACE_SECONDS", 6.0)
 
 
 def _one_lost(bad: int, how: str) -> Body:
@@ -114,6 +115,23 @@ def test_the_others_end_and_name_the_lost_rank_and_its_phase(
     assert f"This rank ({others[0]}) was in phase 'gather'" in said
     if bad != 0:  # with the store gone no one can tell who else lives: then each rank speaks
         assert (tmp_path / f"lost-{others[1]}").read_text() == f"rank {others[1]} leaves: another rank was lost"
+
+
+def _peer_dies_and_launcher_stops_me(process: Process) -> None:
+    """What torchrun does: one rank dies, and the other is told to stop while it finds out who it was."""
+    dist.barrier()
+    if process.rank == 1:
+        with process.activity.doing("step 3"):
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+    launcher = threading.Timer(0.8, os.kill, (os.getpid(), signal.SIGTERM))
+    launcher.start()
+    dist.barrier()
+
+
+def test_being_told_to_stop_does_not_cut_the_report_short(tmp_path: Path) -> None:
+    assert _run(2, tmp_path, _peer_dies_and_launcher_stops_me) == {0: 3, 1: -signal.SIGKILL}
+    assert "last heard in phase 'step 3'" in (tmp_path / "lost-0").read_text()
 
 
 def _stuck(process: Process) -> None:
