@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from megatron_zj.checkpoint.save import Checkpointer
 from megatron_zj.config.algorithm import PPOConfig, RoleConfig, SamplingConfig
 from megatron_zj.config.loader import ConfigError, to_dict
 from megatron_zj.config.run import RunConfig
-from megatron_zj.data.stream import Stream, build_stream
+from megatron_zj.data.stream import build_stream
 from megatron_zj.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_zj.engine.build import build_engine
 from megatron_zj.engine.engine import Engine
@@ -63,12 +64,12 @@ def build_run(config: RunConfig, process: Process) -> Run:
             raise ConfigError([f"checkpoint.resume: 'must', but there is no complete checkpoint below {root}"])
         scale = ScoreScale()
         if resumed is None:
-            scale = load_starting_weights(config, engines)
+            scale = load_starting_weights(config, engines, tokenizer.fingerprint())
         parts = build_parts(config, roles, tokenizer, timers, scale)
         algorithm = recipe.build(config.algorithm, parts)
         if resumed is not None:
             logger.info("resuming from %s", resumed)
-            algorithm.load_state_dict(load(resumed, engines))
+            algorithm.load_state_dict(load(resumed, engines, tokenizer=tokenizer.fingerprint()))
     checkpointer = Checkpointer(root, config.checkpoint, ManifestInfo(to_dict(config), tokenizer))
     return Run(algorithm, build_callbacks(config, process, algorithm, checkpointer, engines, timers), timers)
 
@@ -125,7 +126,7 @@ def role_config(config: RunConfig, name: str) -> RoleConfig:
     return found
 
 
-def load_starting_weights(config: RunConfig, engines: Mapping[str, Engine | None]) -> ScoreScale:
+def load_starting_weights(config: RunConfig, engines: Mapping[str, Engine | None], fingerprint: str) -> ScoreScale:
     """Weights of earlier stages, role by role; returns the scale of the reward model's scores, where there is one."""
     scale = ScoreScale()
     for name, engine in engines.items():
@@ -138,13 +139,20 @@ def load_starting_weights(config: RunConfig, engines: Mapping[str, Engine | None
         folder = newest(path)
         if folder is None:
             raise ConfigError([f"algorithm.{name}: no complete checkpoint in {path}"])
-        state = load(
-            folder, {name: engine}, roles={name: role.load_role} if role.load_role else None, weights_only=True
-        )
-        logger.info("%s starts from %s", name, folder)
-        if name == "reward" and state.get("validation"):
-            scale = ScoreScale(state["validation"]["score_mean"], state["validation"]["score_deviation"])
+        renamed = {name: role.load_role} if role.load_role else None
+        load(folder, {name: engine}, roles=renamed, weights_only=True, tokenizer=fingerprint)
+        if name == "reward":
+            scale = _score_scale(load(folder, {}))
     return scale
+
+
+def _score_scale(reward_run: Mapping[str, Any]) -> ScoreScale:
+    """From what the reward model's last validation stored."""
+    found = reward_run.get("validation") or {}
+    if "score_mean" not in found:
+        logger.warning("the reward model's checkpoint has no score statistics; scores are used as they are")
+        return ScoreScale()
+    return ScoreScale(found["score_mean"], found["score_deviation"])
 
 
 def starting_point(config: RunConfig, name: str) -> Path | None:
@@ -167,22 +175,14 @@ def build_parts(
 
     return Parts(
         roles=roles,
-        stream=build_stream(config.data, tokenizer, config.run.seed, "train"),
-        validation=_validation(config, tokenizer),
+        stream=build_stream(config.data, tokenizer, config.run.seed, "train", progress=World.current().rank == 0),
+        validation=build_stream(config.data, tokenizer, config.run.seed, "validation"),
         rollout=rollout,
         world=World.current(),
         seed=config.run.seed,
         timers=timers,
         score_scale=scale,
     )
-
-
-def _validation(config: RunConfig, tokenizer: Tokenizer) -> Stream | None:
-    data = config.data
-    files = getattr(data, "validation_files", ())
-    if not files and not getattr(data, "validation_fraction", 0.0):
-        return None
-    return build_stream(data, tokenizer, config.run.seed, "validation")
 
 
 def build_callbacks(

@@ -21,6 +21,13 @@ from megatron_zj.train.loop import Algorithm
 logger = logging.getLogger(__name__)
 
 
+def _is_dull(name: str, value: float) -> bool:
+    """What a line leaves out, and metrics.jsonl keeps: counts, and flags that say all is well."""
+    if name in ("skipped", "loss_scale") or name.endswith(("/skipped", "/loss_scale")):
+        return value == (0.0 if name.endswith("skipped") else 1.0)
+    return name in ("weight", "tokens", "time/data") or name.endswith("/weight")
+
+
 class Evaluates(Protocol):
     """An algorithm with validation data of its own."""
 
@@ -75,7 +82,8 @@ class Report:
         self._log.write(step, metrics)
         self._bar.update(1)
         if step % max(self._every, 1) == 0 or step == self._num_steps:
-            logger.info(step_line(step, self._num_steps, metrics))
+            shown = {name: value for name, value in metrics.items() if not _is_dull(name, value)}
+            logger.info(step_line(step, self._num_steps, shown))
 
     def on_end(self, completed: bool) -> None:
         """Close the files."""

@@ -1,0 +1,120 @@
+"""The demo's four stages in miniature: real files, real configurations, one step takes milliseconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_zj.checkpoint.manifest import read_manifest
+from megatron_zj.cli.compose import compose_run
+from megatron_zj.cli.train import train
+from megatron_zj.config.data import TokenizerConfig
+from megatron_zj.data.prepare import PrepareConfig, TextConfig, prepare
+from megatron_zj.data.vocabulary import train_sentencepiece
+from megatron_zj.evaluation.clinic.files import DemoSizes, write_demo
+from megatron_zj.runtime.distributed import Process
+
+SIZES = DemoSizes(
+    documents_per_condition=1, sft=40, sft_validation=4, preference=24, preference_validation=4, prompts=40, cases=4
+)
+STEPS = 4
+MODEL = {
+    "hidden_size": 32,
+    "ffn_hidden_size": 48,
+    "num_layers": 2,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "max_position_embeddings": 512,
+    "init_std": 0.05,
+}
+STAGES: dict[str, dict[str, Any]] = {
+    "pretrain": {"data.sequence_length": 64, "algorithm.global_batch_size": 4},
+    "sft": {"algorithm.global_batch_size": 4},
+    "reward": {"algorithm.global_batch_size": 3},
+    "ppo": {
+        "algorithm.prompts_per_step": 4,
+        "algorithm.minibatch_size": 2,
+        "algorithm.sampling.max_new_tokens": 6,
+        "algorithm.epochs": 2,
+    },
+}
+BEFORE = {"pretrain": (), "sft": ("pretrain",), "reward": ("sft",), "ppo": ("sft", "reward")}
+
+
+def make_data(folder: Path) -> None:
+    """Files of the demo, a tokenizer, and the prepared corpus."""
+    write_demo(folder / "data", 0, SIZES)
+    lines = (folder / "data/tokenizer.txt").read_text(encoding="utf-8").splitlines()
+    tokenizer = train_sentencepiece(lines, vocab_size=1300, special_tokens=("<human>", "<bot>"))
+    tokenizer.save(folder / "tokenizer")
+    prepare(
+        PrepareConfig(
+            tokenizer=TokenizerConfig(path=folder / "tokenizer"),
+            data=TextConfig(files=(str(folder / "data/encyclopaedia.jsonl"),)),
+            out=folder / "data/encyclopaedia",
+        )
+    )
+
+
+def overrides_of(stage: str, folder: Path, run: str, **changes: Any) -> list[str]:
+    """Of the stage's demo experiment; ``changes`` use double underscores for dots."""
+    values: dict[str, Any] = {
+        "experiment": f"demo/{stage}",
+        "world_size": "null",
+        "run.dir": folder / run,
+        "run.num_steps": STEPS,
+        "run.eval_every": 1,
+        "run.timeout_seconds": 60,
+        "tokenizer.path": folder / "tokenizer",
+        "model.vocab_size": 1300,
+        "optim.warmup_steps": 1,
+        "checkpoint.every": 1,
+        "checkpoint.keep_last": 0,
+        **{f"model.{name}": value for name, value in MODEL.items()},
+        **STAGES[stage],
+    }
+    files = {
+        "pretrain": "encyclopaedia",
+        "sft": "sft.jsonl",
+        "reward": "preference.jsonl",
+        "ppo": "prompts.jsonl",
+    }
+    values["data.files"] = f"[{folder / 'data' / files[stage]}]"
+    if stage in ("sft", "reward"):
+        values["data.validation_files"] = f"[{folder / 'data' / files[stage].replace('.', '_validation.')}]"
+    if stage != "pretrain":
+        values["checkpoint.load"] = folder / {"sft": "pretrain", "reward": "sft", "ppo": "sft"}[stage]
+    if stage == "ppo":
+        values["algorithm.reward.load"] = folder / "reward"
+    values.update({name.replace("__", "."): value for name, value in changes.items()})
+    return [f"{name}={value}" for name, value in values.items()]
+
+
+def run_stage(overrides: list[str], kill_after: float | None = None) -> None:
+    """Train on the ranks of this world.  ``kill_after``: seconds until rank 0 gets SIGKILL."""
+    if kill_after is not None and dist.get_rank() == 0:
+        timer = threading.Timer(kill_after, os.kill, (os.getpid(), signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
+    rank, size = dist.get_rank(), dist.get_world_size()
+    train(compose_run(overrides), Process(rank, rank, size, torch.device("cpu")))
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The run's metrics without what depends on the clock or the machine."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    volatile = ("time", "memory/", "tokens_per_second")
+    return [{name: value for name, value in line.items() if not name.startswith(volatile)} for line in lines]
+
+
+def content(folder: Path, step: int) -> dict[str, Any]:
+    """Checksums of everything in one checkpoint but its manifest (which holds dates and paths)."""
+    manifest = read_manifest(folder / "checkpoints" / f"step_{step:08d}")
+    return {name: record.sha256 for name, record in manifest.files.items()}
