@@ -66,6 +66,15 @@ def _key_range(first, last, num_k, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, B
 
 
 @triton.jit
+def _inside(row, num_rows, dim, D: tl.constexpr, BD: tl.constexpr):
+    """Mask of a [rows, BD] tile; the head size is looked at only where it is not a power of two."""
+    inside = row[:, None] < num_rows
+    if BD != D:
+        inside = inside & (dim[None, :] < D)
+    return inside
+
+
+@triton.jit
 def _visible(position, key, num_k, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     seen = key < num_k
     if CAUSAL:
@@ -88,7 +97,7 @@ def _forward_keys(
         k_place = k_ptr + key[None, :] * stride_k + dim[:, None]
         v_place = v_ptr + key[:, None] * stride_v + dim[None, :]
         if MASKED:
-            k = tl.load(k_place, mask=(key[None, :] < num_k) & (dim[:, None] < D), other=0.0)
+            k = tl.load(k_place, mask=tl.trans(_inside(key, num_k, dim, D, BD)), other=0.0)
         elif BD != D:
             k = tl.load(k_place, mask=dim[:, None] < D, other=0.0)
         else:
@@ -104,7 +113,7 @@ def _forward_keys(
         total = total * rescale + tl.sum(weight, 1)
         acc = acc * rescale[:, None]
         if MASKED:
-            v = tl.load(v_place, mask=(key[:, None] < num_k) & (dim[None, :] < D), other=0.0)
+            v = tl.load(v_place, mask=_inside(key, num_k, dim, D, BD), other=0.0)
         elif BD != D:
             v = tl.load(v_place, mask=dim[None, :] < D, other=0.0)
         else:
@@ -134,7 +143,7 @@ def attention_forward(
     num_k = tl.load(ends_k_ptr + sequence + 1) - k_start
     row = block * BM + tl.arange(0, BM)
     dim = tl.arange(0, BD)
-    inside = (row[:, None] < num_q) & (dim[None, :] < D)
+    inside = _inside(row, num_q, dim, D, BD)
     position, first, last = _query_positions(
         slot_ptr, row, block * BM, tl.minimum(block * BM + BM, num_q) - 1, q_start, k_start, num_k - num_q, num_q,
         HAS_SLOTS,
@@ -168,7 +177,7 @@ def attention_delta(out_ptr, dout_ptr, delta_ptr, num_rows, num_tokens, HEADS: t
     """delta = sum(out * dout) of each (token, head): what the softmax's gradient subtracts."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     dim = tl.arange(0, BD)
-    inside = (row[:, None] < num_rows) & (dim[None, :] < D)
+    inside = _inside(row, num_rows, dim, D, BD)
     place = row[:, None] * D + dim[None, :]
     out = tl.load(out_ptr + place, mask=inside, other=0.0).to(tl.float32)
     dout = tl.load(dout_ptr + place, mask=inside, other=0.0).to(tl.float32)
@@ -227,7 +236,7 @@ def _backward_queries(
     dim = tl.arange(0, BD)
     for start in tl.range(low, high, BM):
         row = start + tl.arange(0, BM)
-        inside = (row[:, None] < num_q) & (dim[None, :] < D)
+        inside = _inside(row, num_q, dim, D, BD)
         q = tl.load(q_ptr + row[:, None] * stride_q + dim[None, :], mask=inside, other=0.0)
         dout = tl.load(dout_ptr + row[:, None] * stride_do + dim[None, :], mask=inside, other=0.0)
         lse = tl.load(lse_ptr + row, mask=row < num_q, other=0.0)
@@ -267,7 +276,7 @@ def attention_dkdv(
     shift = num_k - num_q
     key = block * BN + tl.arange(0, BN)
     dim = tl.arange(0, BD)
-    inside = (key[:, None] < num_k) & (dim[None, :] < D)
+    inside = _inside(key, num_k, dim, D, BD)
     token = (k_start + key).to(tl.int64)
     k = tl.load(k_ptr + token[:, None] * stride_kt + kv_head * stride_kh + dim[None, :], mask=inside, other=0.0)
     v = tl.load(v_ptr + token[:, None] * stride_vt + kv_head * stride_vh + dim[None, :], mask=inside, other=0.0)
@@ -309,7 +318,7 @@ def _backward_keys(
     dim = tl.arange(0, BD)
     for start in tl.range(low, high, BN):
         key = start + tl.arange(0, BN)
-        there = (key[:, None] < num_k) & (dim[None, :] < D)
+        there = _inside(key, num_k, dim, D, BD)
         k = tl.load(k_ptr + key[:, None] * stride_k + dim[None, :], mask=there, other=0.0)
         v = tl.load(v_ptr + key[:, None] * stride_v + dim[None, :], mask=there, other=0.0)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
@@ -340,7 +349,7 @@ def attention_dq(
     num_k = tl.load(ends_k_ptr + sequence + 1) - k_start
     row = block * BM + tl.arange(0, BM)
     dim = tl.arange(0, BD)
-    inside = (row[:, None] < num_q) & (dim[None, :] < D)
+    inside = _inside(row, num_q, dim, D, BD)
     position, first, last = _query_positions(
         slot_ptr, row, block * BM, tl.minimum(block * BM + BM, num_q) - 1, q_start, k_start, num_k - num_q, num_q,
         HAS_SLOTS,
@@ -381,7 +390,7 @@ def decode_split(
     num_k = tl.load(length_ptr + row).to(tl.int32)
     member = tl.arange(0, MEMBERS)
     dim = tl.arange(0, BD)
-    inside = (member[:, None] < GROUP) & (dim[None, :] < D)
+    inside = _inside(member, GROUP, dim, D, BD)
     head = kv_head * GROUP + member
     q = tl.load(q_ptr + row * stride_qr + head[:, None] * stride_qh + dim[None, :], mask=inside, other=0.0)
     acc = tl.zeros((MEMBERS, BD), tl.float32)
@@ -415,7 +424,7 @@ def decode_combine(
     highest = tl.max(lse, 0)
     weight = tl.math.exp2(lse - tl.where(highest == -float("inf"), 0.0, highest))
     total = tl.sum(weight, 0)
-    inside = (split[:, None] < num_splits) & (dim[None, :] < D)
+    inside = _inside(split, num_splits, dim, D, BD)
     part = tl.load(part_ptr + (row * num_splits + split[:, None]) * D + dim[None, :], mask=inside, other=0.0)
     out = tl.sum(part * weight[:, None], 0) / tl.where(total > 0.0, total, 1.0)
     tl.store(out_ptr + row * D + dim, out.to(out_ptr.dtype.element_ty), mask=dim < D)

@@ -106,7 +106,7 @@ def logprob_dlogits(
     if HAS_MASK:
         kept = tl.load(mask_ptr + token, mask=here, other=0) != 0
         dlogit = tl.where(kept[:, None], dlogit, 0.0)
-    dlogit = tl.where(vocab[None, :] < num_rows, dlogit, 0.0) * inverse_temperature
+    dlogit *= inverse_temperature
     place = token.to(tl.int64)[:, None] * stride_d + column[None, :]
     inside = here[:, None] & (column[None, :] < stride_d)
     tl.store(dlogit_ptr + place, dlogit.to(dlogit_ptr.dtype.element_ty), mask=inside)

@@ -55,6 +55,8 @@ def rms_norm_backward(
         rstd = tl.load(rstd_ptr + row, mask=row < num_rows, other=0.0)
         normed = x * rstd[:, None]
         dweight += tl.sum(dy * normed, 0)
+        if BLOCK > 8192:  # held over the loop the weight would spill; it comes from the cache again
+            weight = tl.load(weight_ptr + col, mask=col < width, other=0.0).to(tl.float32)
         slope = dy * weight[None, :]
         mean = tl.sum(slope * normed, 1) / width
         dx = rstd[:, None] * (slope - normed * mean[:, None])

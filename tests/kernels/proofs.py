@@ -330,7 +330,7 @@ def prove_reward(rows: int, width: int, dtype: torch.dtype, *, norm: bool = True
 
 def prove_ranking(sizes: Sequence[int], dtype: torch.dtype, *, margin: float, centering: float, mean: bool) -> None:
     """Loss, counts and gradient over ragged groups with ties, whose rows are not neighbours."""
-    groups = torch.cat([torch.full((size,), 100 + index) for index, size in enumerate(sizes)])
+    groups = torch.cat([torch.full((size,), 7 * index) for index, size in enumerate(sizes)])
     ranks = torch.cat([torch.arange(size) * 2 // 3 for size in sizes])
     order = torch.randperm(groups.shape[0], generator=torch.Generator().manual_seed(5))
     groups, ranks = groups[order], ranks[order]
@@ -379,7 +379,8 @@ def prove_value_loss(tokens: int, width: int, dtype: torch.dtype, *, clip: float
     mask = torch.arange(tokens) % 4 != 1 if masked else None
     hidden = normal(tokens, width, scale=1 / math.sqrt(width))
     weight, bias = normal(width, seed=1), normal(1, seed=2)
-    old = (hidden.to(dtype).double() @ weight.to(dtype).double()) + normal(tokens, seed=3, scale=0.5)
+    old = hidden.to(dtype).double() @ weight.to(dtype).double() + bias.to(dtype).double()
+    old = old + normal(tokens, seed=3, scale=0.5)
     inputs = (hidden, weight, bias, old, normal(tokens, seed=4))
 
     def kernel(h: Tensor, w: Tensor, b: Tensor, old: Tensor, returns: Tensor) -> Sequence[Tensor]:
