@@ -13,7 +13,8 @@ from megatron_zj.cli.main import guarded
 from megatron_zj.config.inference import InferenceConfig
 from megatron_zj.config.loader import ConfigError
 from megatron_zj.data.chat import render_prompt
-from megatron_zj.data.prompts import read_prompts
+from megatron_zj.data.raw import read_raw
+from megatron_zj.data.records import PromptRecord
 from megatron_zj.runtime.distributed import Process, session
 from megatron_zj.runtime.log import progress_bar, setup
 
@@ -35,17 +36,18 @@ def main(argv: Sequence[str]) -> int:
 def generate_answers(config: InferenceConfig, process: Process) -> None:
     """Collective over the world; rank 0 writes, and the file appears whole or not at all."""
     model = LoadedModel(config, process)
-    records = read_prompts(config.data.files, config.data.format, config.data.on_bad_record)
+    found = read_raw(config.data.files, "prompts", config.data.format, config.data.on_bad_record)
+    records = [record for record in found if isinstance(record, PromptRecord)]
     records = records[: config.limit] if config.limit else records
     prompts = [render_prompt(record.messages, model.template, model.tokenizer) for record in records]
     bar = progress_bar(process, len(prompts), 0, "answers")
-    found = model.continuations(prompts, config.sampling, lambda done: bar.update(done - bar.n) and None)
+    answers = model.continuations(prompts, config.sampling, lambda done: bar.update(done - bar.n) and None)
     bar.close()
     if process.rank == 0:
         target = config.run.dir / ANSWERS
         part = target.with_suffix(".part")
         with part.open("w", encoding="utf-8") as file:
-            for record, ids in zip(records, found, strict=True):
+            for record, ids in zip(records, answers, strict=True):
                 finished = bool(ids) and ids[-1] == model.tokenizer.eos_id
                 line = {
                     "prompt": record.messages[-1].content,
@@ -54,7 +56,7 @@ def generate_answers(config: InferenceConfig, process: Process) -> None:
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         os.replace(part, target)
-        logger.info("%d answers in %s", len(found), target)
+        logger.info("%d answers in %s", len(answers), target)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,6 @@ class InferenceConfig:
     engine: EngineConfig = EngineConfig()
     sampling: SamplingConfig = SamplingConfig()
     data: QuestionsConfig = QuestionsConfig()
-    suite: Suite = "exam"  # ``zj evaluate`` only: how data.files are read and scored
+    suites: tuple[Suite, ...] = ()  # ``zj evaluate`` only: one for all data.files, or one for each of them
     limit: int = 0  # first records only; 0: all
     untrained: bool = False  # ignore the weights and draw fresh ones from run.seed: the baseline

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -183,7 +184,7 @@ class _Prefill:
     """A step over whole prompts, packed."""
 
     def __init__(self, decoder: Decoder, slots: list[int], ends: list[int]) -> None:
-        sizes = [end - start for start, end in zip(ends[:-1], ends[1:], strict=True)]
+        sizes = [end - start for start, end in pairwise(ends)]
         device = decoder.device
         self.positions = torch.cat([torch.arange(size, device=device) for size in sizes])
         self.slots = torch.repeat_interleave(torch.tensor(slots, device=device), torch.tensor(sizes, device=device))

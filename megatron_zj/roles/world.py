@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class WorldBatch:
         ends = [0]
         for rows in self.lengths:
             ends.append(ends[-1] + len(rows))
-        return [list(range(start, end)) for start, end in zip(ends[:-1], ends[1:], strict=True)]
+        return [list(range(start, end)) for start, end in pairwise(ends)]
 
     def units(self, row_ids: Sequence[int] | None = None) -> list[list[int]]:
         """Global row ids that must stay together, one list a unit, restricted to ``row_ids``."""

@@ -13,7 +13,7 @@ from megatron_zj.config.data import ChatConfig, CorpusConfig, PreferenceConfig, 
 from megatron_zj.data.formats.registry import choose_format
 from megatron_zj.data.inputs import Conversion, load_units
 from megatron_zj.data.prepare import PrepareConfig, TextConfig, prepare
-from megatron_zj.data.prompts import read_prompts
+from megatron_zj.data.raw import read_raw
 from megatron_zj.data.stream import build_stream
 from megatron_zj.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_zj.data.vocabulary import extend_vocabulary, pieces_of_new_ids
@@ -88,7 +88,7 @@ def test_streams_of_dialogues_rankings_and_prompts(merged: Tokenizer) -> None:
     assert [len(unit) for unit in ranked.next(5, 0, 1).units()] == [2] * 5
     prompts = build_stream(PromptsConfig(files=(str(DATA / "ppo" / "bentsao_benchmark_questions.json"),)), merged, 0)
     assert prompts.next(3, 0, 1).per_row["prompt_length"].min() > 5
-    assert len(read_prompts([str(DATA / "ppo" / "bentsao_benchmark_questions.json")], "auto", "error")) == 200
+    assert len(read_raw([str(DATA / "ppo" / "bentsao_benchmark_questions.json")], "prompts", "auto", "error")) == 200
 
 
 def test_extension_gives_the_published_vocabulary_size() -> None:

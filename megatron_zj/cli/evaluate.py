@@ -1,0 +1,157 @@
+"""``zj evaluate checkpoint.load=DIR suites=[exam] data.files=[FILE,...] run.dir=DIR``: exams, answers, rankings scored.
+
+One suite reads all files; otherwise there is one suite a file.  Each writes ``run.dir/evaluation/<suite>.json``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_zj.cli.inference import LoadedModel, compose_inference
+from megatron_zj.cli.main import guarded
+from megatron_zj.config.inference import InferenceConfig, Suite
+from megatron_zj.config.loader import ConfigError
+from megatron_zj.data.raw import read_raw
+from megatron_zj.data.records import DialogueRecord, PreferenceRecord
+from megatron_zj.evaluation.clinic.conditions import load_clinic
+from megatron_zj.evaluation.clinic.evaluate import take_cases
+from megatron_zj.evaluation.clinic.files import read_cases
+from megatron_zj.evaluation.dialogue import take_dialogues
+from megatron_zj.evaluation.exam import read_exam, take_exam
+from megatron_zj.evaluation.model import Codec, Ids
+from megatron_zj.evaluation.ner import read_conll, take_ner
+from megatron_zj.evaluation.preference import grouped, rate
+from megatron_zj.evaluation.safety import read_probes, take_safety
+from megatron_zj.runtime.distributed import Process, session
+from megatron_zj.runtime.log import setup
+
+logger = logging.getLogger(__name__)
+FOLDER = "evaluation"  # in run.dir
+Json = dict[str, Any]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Load the checkpoint once, run every suite."""
+    config = compose_inference(argv)
+    plan = plan_suites(config)
+    with session(config.run.device, config.run.timeout_seconds) as process:
+        setup(process, config.run.dir)
+        evaluate(config, plan, process)
+    return 0
+
+
+def plan_suites(config: InferenceConfig) -> dict[Suite, list[Path]]:
+    """Which files each suite reads.  Raises ConfigError where that is not clear, or a file is missing."""
+    files = [Path(name) for name in config.data.files]
+    problems = [f"data.files: {path} does not exist" for path in files if not path.is_file()]
+    if not files:
+        problems.append("data.files: nothing to evaluate on; give data.files=[FILE,...]")
+    if not config.suites:
+        problems.append("suites: none given; such as suites=[exam]")
+    elif len(config.suites) not in (1, len(files)):
+        problems.append(f"suites: {len(config.suites)} for {len(files)} files; give one for all, or one for each")
+    if problems:
+        raise ConfigError(problems)
+    suites = config.suites * len(files) if len(config.suites) == 1 else config.suites
+    plan: dict[Suite, list[Path]] = {}
+    for suite, path in zip(suites, files, strict=True):
+        plan.setdefault(suite, []).append(path)
+    return plan
+
+
+def evaluate(config: InferenceConfig, plan: dict[Suite, list[Path]], process: Process) -> dict[Suite, Json]:
+    """Run the suites on one loaded model.  Collective over the world; rank 0 writes.  Returns every suite's result."""
+    model = LoadedModel(config, process)
+    results: dict[Suite, Json] = {}
+    for suite, files in plan.items():
+        with process.activity.doing(f"evaluate {suite}"):
+            results[suite] = SUITES[suite](model, config, files)
+        if process.rank == 0:
+            path = config.run.dir / FOLDER / f"{suite}.json"
+            _write(path, {"checkpoint": str(model.folder), "step": model.step, **results[suite]})
+            logger.info("%s: %s  -> %s", suite, _headline(results[suite]), path)
+    return results
+
+
+def _exam(model: LoadedModel, config: InferenceConfig, files: Sequence[Path]) -> Json:
+    items = _first(config, [item for path in files for item in read_exam(path)])
+    return dataclasses.asdict(take_exam(items, _codec(model), model.option_logprobs))
+
+
+def _clinic(model: LoadedModel, config: InferenceConfig, files: Sequence[Path]) -> Json:
+    clinic = load_clinic()
+    cases = _first(config, [case for path in files for case in read_cases(path, clinic)])
+    return dataclasses.asdict(take_cases(clinic, cases, _codec(model), _generate(model, config)))
+
+
+def _safety(model: LoadedModel, config: InferenceConfig, files: Sequence[Path]) -> Json:
+    probes = _first(config, [probe for path in files for probe in read_probes(path)])
+    result, texts = take_safety(probes, _codec(model), _generate(model, config))
+    return {**dataclasses.asdict(result), "answers": texts}
+
+
+def _dialogue(model: LoadedModel, config: InferenceConfig, files: Sequence[Path]) -> Json:
+    records = read_raw([str(path) for path in files], "chat", config.data.format, config.data.on_bad_record)
+    turns = [record.messages for record in records if isinstance(record, DialogueRecord)]
+    result, texts = take_dialogues(_first(config, turns), _codec(model), _generate(model, config))
+    return {**dataclasses.asdict(result), "answers": texts}
+
+
+def _ner(model: LoadedModel, config: InferenceConfig, files: Sequence[Path]) -> Json:
+    sentences = _first(config, [sentence for path in files for sentence in read_conll(path)])
+    return dataclasses.asdict(take_ner(sentences, _codec(model), _generate(model, config)))
+
+
+def _preference(model: LoadedModel, config: InferenceConfig, files: Sequence[Path]) -> Json:
+    records = read_raw([str(path) for path in files], "preference", config.data.format, config.data.on_bad_record)
+    ranked = _first(config, [record for record in records if isinstance(record, PreferenceRecord)])
+    codec = _codec(model)
+    rows = [codec.dialogue([*record.prompt, *response]) for record in ranked for response in record.responses]
+    groups = grouped(model.scores(rows), [record.dense_ranks() for record in ranked], [len(row) for row in rows])
+    return dataclasses.asdict(rate(groups))
+
+
+SUITES: dict[Suite, Callable[[LoadedModel, InferenceConfig, Sequence[Path]], Json]] = {
+    "exam": _exam,
+    "clinic": _clinic,
+    "preference": _preference,
+    "safety": _safety,
+    "dialogue": _dialogue,
+    "ner": _ner,
+}
+
+
+def _codec(model: LoadedModel) -> Codec:
+    return Codec(model.tokenizer, model.template)
+
+
+def _generate(model: LoadedModel, config: InferenceConfig) -> Callable[[Sequence[Ids]], Sequence[tuple[str, bool]]]:
+    return lambda prompts: model.answers(prompts, config.sampling)
+
+
+def _first(config: InferenceConfig, items: list[Any]) -> list[Any]:
+    return items[: config.limit] if config.limit else items
+
+
+def _headline(result: Json) -> str:
+    """The numbers at the top of a result, without its lists and tables."""
+    plain = {name: value for name, value in result.items() if isinstance(value, int | float | bool)}
+    return "  ".join(f"{name} {value:.4g}" for name, value in plain.items())
+
+
+def _write(path: Path, result: Json) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))
