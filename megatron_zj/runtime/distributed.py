@@ -72,7 +72,8 @@ def session(device: Literal["auto", "cpu", "cuda"], timeout_seconds: int) -> Ite
             raise
         text, aloud = heartbeat.explain()
         heartbeat.close("left")
-        reason = f"a collective failed: {text}. This rank ({process.rank}) was in phase {str(process.activity)!r}: {_one_line(error)}"
+        here = f"this rank ({process.rank}) was in phase {str(process.activity)!r}: {_one_line(error)}"
+        reason = f"a collective failed: {text}; {here}"
         raise RankLostError(reason if aloud else f"rank {process.rank} leaves: another rank was lost") from error
     if process.world_size > 1:
         heartbeat.close("finished")
@@ -132,7 +133,7 @@ def _place() -> _Place:
 def _rendezvous(timeout_seconds: int) -> tuple[Store, _Place]:
     place = _place()
     if "RANK" not in os.environ:
-        return dist.HashStore(), place  # type: ignore[attr-defined]
+        return dist.HashStore(), place
     try:
         store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
     except dist.DistError as error:

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -50,7 +51,7 @@ def setup(process: Process, folder: Path | None) -> logging.Logger:
     return logger
 
 
-def progress_bar(process: Process, total: int, done: int = 0, description: str = "") -> tqdm[None]:
+def progress_bar(process: Process, total: int, done: int = 0, description: str = "") -> tqdm[Any]:
     """A bar over ``total`` units of which ``done`` are behind us; silent off rank 0 and where stderr is no terminal."""
     hidden = process.rank != 0 or not sys.stderr.isatty()
     return tqdm(total=total, initial=done, desc=description, disable=hidden, dynamic_ncols=True, file=sys.stderr)

@@ -112,7 +112,7 @@ def test_the_others_end_and_name_the_lost_rank_and_its_phase(
     said = (tmp_path / f"lost-{others[0]}").read_text()
     assert f"rank {bad} (" in said
     assert words in said
-    assert f"This rank ({others[0]}) was in phase 'gather'" in said
+    assert f"this rank ({others[0]}) was in phase 'gather'" in said
     if bad != 0:  # with the store gone no one can tell who else lives: then each rank speaks
         assert (tmp_path / f"lost-{others[1]}").read_text() == f"rank {others[1]} leaves: another rank was lost"
 
