@@ -5,14 +5,13 @@ The traps of megatron-core's distributed optimizer each have a test that is red 
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from megatron_zj.config.optim import EngineConfig, LossScaleConfig
@@ -22,27 +21,12 @@ from megatron_zj.engine.engine import Engine
 from megatron_zj.models.canonical import read_stage
 from megatron_zj.parallel.groups import placement_world
 from tests.engine.training import MODEL, Case, Squares, global_batch, make_engine, make_groups, shard_of
+from tests.engine.whole_state import load_whole, save_whole
 from tests.helpers.ranks import run_ranks
 
 PLAIN = EngineConfig(micro_batch_tokens=40)
 SHARDED = replace(PLAIN, distributed_optimizer=True)
 OVERLAPPED = replace(SHARDED, overlap_grad_reduce=True, overlap_param_gather=True)
-
-
-def save(engine: Engine, folder: Path, optimizer: bool = True) -> None:
-    """Megatron-core's own distributed checkpoint."""
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True)
-    dist.barrier()
-    with placement_world(engine.groups):
-        dist_checkpointing.save(engine.sharded_state(optimizer=optimizer, loading=False), str(folder))
-
-
-def load(engine: Engine, folder: Path, optimizer: bool = True) -> None:
-    """Into an engine of any layout."""
-    with placement_world(engine.groups):
-        state = dist_checkpointing.load(engine.sharded_state(optimizer=optimizer, loading=True), str(folder))
-    engine.load_sharded_state(state)
 
 
 def _steps(engine: Engine, first: int, count: int) -> list[dict[str, float]]:
@@ -52,12 +36,12 @@ def _steps(engine: Engine, first: int, count: int) -> list[dict[str, float]]:
     ]
 
 
-def _resume(source: Case, targets: list[Case], folder: str) -> list[float]:
+def _resume(source: Case, targets: list[Case]) -> list[float]:
     """Largest difference, over three steps, between going on and resuming under each target."""
     groups = make_groups(source)
     engine = make_engine(source, groups)
     _steps(engine, 0, 3)
-    save(engine, Path(folder) / "saved")
+    saved = save_whole(engine)
     went_on = _steps(engine, 3, 3)
     differences = []
     for case in targets:
@@ -65,7 +49,7 @@ def _resume(source: Case, targets: list[Case], folder: str) -> list[float]:
         for chunk in resumed.chunks:
             for parameter in chunk.parameters():
                 parameter.data.add_(1.0)  # whatever is not loaded shows
-        load(resumed, Path(folder) / "saved")
+        load_whole(resumed, copy.deepcopy(saved))
         assert resumed.num_updates == 3
         again = _steps(resumed, 3, 3)
         assert [one["lr"] for one in again] == [one["lr"] for one in went_on]
@@ -83,8 +67,7 @@ def _case(engine: EngineConfig, **axes: Any) -> Case:
 
 
 def _run_resume(ranks: int, source: Case, targets: list[Case]) -> list[list[float]]:
-    with tempfile.TemporaryDirectory() as folder:
-        return run_ranks(ranks, _resume, source, targets, folder, timeout=180.0)
+    return run_ranks(ranks, _resume, source, targets, timeout=180.0)
 
 
 @pytest.mark.parametrize("source", [_case(OVERLAPPED), _case(PLAIN, tp=2)], ids=["dp2-distopt", "tp2"])
@@ -104,36 +87,33 @@ def test_main_weights_travel_between_optimizers(precision: Any) -> None:
             assert differences[1] <= 1e-5  # the sum over ranks in another order
 
 
-def _loss_scale(folder: str) -> tuple[float, float, int, int]:
+def _loss_scale() -> tuple[float, float, int, int]:
     scale = LossScaleConfig(initial=2.0**30, hysteresis=1, window=3)
     case = _case(replace(SHARDED, precision="fp16", loss_scale=scale))
     groups = make_groups(case)
     engine, other = make_engine(case, groups), make_engine(case, groups)
     _steps(engine, 0, 4)
-    save(engine, Path(folder) / "saved")
-    load(other, Path(folder) / "saved")
+    load_whole(other, save_whole(engine))
     assert engine.optimizer is not None
     assert other.optimizer is not None
     return engine.optimizer.loss_scale, other.optimizer.loss_scale, engine.optimizer.steps, other.optimizer.steps
 
 
 def test_the_loss_scale_resumes() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        scale, resumed, steps, resumed_steps = run_ranks(1, _loss_scale, folder)[0]
+    scale, resumed, steps, resumed_steps = run_ranks(1, _loss_scale)[0]
     assert scale == resumed < 2.0**30
     assert steps == resumed_steps
 
 
-def _traps(folder: str) -> dict[str, Any]:
+def _traps() -> dict[str, Any]:
     groups = make_groups(_case(SHARDED))
     engine = make_engine(_case(SHARDED), groups)
     # An optimizer that never stepped has no state: megatron-core's state_dict dies on len(steps) == 1.
-    save(engine, Path(folder) / "fresh")
-    load(make_engine(_case(SHARDED), groups), Path(folder) / "fresh")
+    load_whole(make_engine(_case(SHARDED), groups), save_whole(engine))
     _steps(engine, 0, 2)
-    save(engine, Path(folder) / "two")
+    saved = save_whole(engine)
     resumed = make_engine(_case(SHARDED), groups)  # fresh: no "step" to copy into
-    load(resumed, Path(folder) / "two")
+    load_whole(resumed, saved)
     assert resumed.optimizer is not None
     counts = [state["step"] for state in resumed.optimizer.adam.state.values()]
     found = {"values": {float(count) for count in counts}, "distinct": len({id(count) for count in counts})}
@@ -143,25 +123,24 @@ def _traps(folder: str) -> dict[str, Any]:
 
 
 def test_every_parameter_counts_its_own_steps_after_a_load() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        for found in run_ranks(2, _traps, folder):
-            assert found["values"] == {2.0}
-            assert found["distinct"] == found["parameters"] > 1
-            assert found["after"] == {3.0}, "a shared count advances once a parameter: wrong bias correction"
+    for found in run_ranks(2, _traps):
+        assert found["values"] == {2.0}
+        assert found["distinct"] == found["parameters"] > 1
+        assert found["after"] == {3.0}, "a shared count advances once a parameter: wrong bias correction"
 
 
-def _weights_only(folder: str) -> tuple[list[float], list[float]]:
+def _weights_only() -> tuple[list[float], list[float]]:
     groups = make_groups(_case(PLAIN))
     trained = make_engine(_case(PLAIN), groups)
     _steps(trained, 0, 2)
-    save(trained, Path(folder) / "saved")
+    saved = save_whole(trained, optimizer=False)
     frozen = make_engine(_case(PLAIN), groups, optim=None)
-    load(frozen, Path(folder) / "saved", optimizer=False)
+    load_whole(frozen, saved, optimizer=False)
     batch = shard_of(global_batch(9), groups)
     same = frozen.evaluate(Squares("lm"), batch)["loss"], trained.evaluate(Squares("lm"), batch)["loss"]
     # The main weights of a low-precision engine must follow, or its first step undoes the load.
     low = make_engine(_case(replace(SHARDED, precision="bf16")), groups)
-    load(low, Path(folder) / "saved", optimizer=False)
+    load_whole(low, saved, optimizer=False)
     before = {name: value.clone() for name, value in read_stage(low.chunks, groups).items()}
     assert low.optimizer is not None
     assert low.optimizer.steps == 0
@@ -172,10 +151,9 @@ def _weights_only(folder: str) -> tuple[list[float], list[float]]:
 
 
 def test_weights_alone_start_a_new_run() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        for (frozen, trained), moved in run_ranks(2, _weights_only, folder):
-            assert frozen == trained
-            assert max(moved) == 0.0
+    for (frozen, trained), moved in run_ranks(2, _weights_only):
+        assert frozen == trained
+        assert max(moved) == 0.0
 
 
 def _late_weights() -> float:
@@ -193,23 +171,22 @@ def test_gathered_weights_are_the_updated_ones() -> None:
     assert max(run_ranks(2, _late_weights)) < 1e-6
 
 
-def _dropout(folder: str) -> tuple[list[float], list[float]]:
+def _dropout() -> tuple[list[float], list[float]]:
     case = replace(_case(PLAIN), model=replace(MODEL, dropout=0.2))
     groups = make_groups(case)
     engine = make_engine(case, groups)
     _steps(engine, 0, 2)
-    save(engine, Path(folder) / "saved")
+    saved = save_whole(engine)
     went_on = [one["loss"] for one in _steps(engine, 2, 2)]
     torch.manual_seed(99)
     resumed = make_engine(case, groups)
-    load(resumed, Path(folder) / "saved")
+    load_whole(resumed, saved)
     return went_on, [one["loss"] for one in _steps(resumed, 2, 2)]
 
 
 def test_dropout_resumes_to_the_bit() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        for went_on, again in run_ranks(2, _dropout, folder):
-            assert went_on == again
+    for went_on, again in run_ranks(2, _dropout):
+        assert went_on == again
 
 
 def test_priming_is_what_adamw_does_at_its_first_step() -> None:
@@ -227,3 +204,20 @@ def test_priming_is_what_adamw_does_at_its_first_step() -> None:
     for parameter in weights:
         for key, value in lazy.state[parameter].items():
             assert torch.equal(value, primed.state[parameter][key]), key
+
+
+def _on_disk(folder: str) -> list[float]:
+    groups = make_groups(_case(SHARDED))
+    engine, resumed = make_engine(_case(SHARDED), groups), make_engine(_case(PLAIN), groups)
+    _steps(engine, 0, 2)
+    with placement_world(groups):
+        dist_checkpointing.save(engine.sharded_state(optimizer=True, loading=False), folder)
+        state = dist_checkpointing.load(resumed.sharded_state(optimizer=True, loading=True), folder)
+    resumed.load_sharded_state(state)
+    return [abs(a["loss"] - b["loss"]) for a, b in zip(_steps(engine, 2, 2), _steps(resumed, 2, 2), strict=True)]
+
+
+@pytest.mark.slow
+def test_megatron_cores_own_files_hold_the_state() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        assert max(max(found) for found in run_ranks(2, _on_disk, folder)) <= 1e-6
