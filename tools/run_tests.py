@@ -174,7 +174,8 @@ def read_report(path: Path) -> Outcome:
         kinds = {child.tag for child in case}
         if kinds & {"failure", "error"}:
             outcome.failed += 1
-            outcome.names.append(f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}")
+            where = case.get("classname", "").replace(".", "/")
+            outcome.names.append(f"{where}.py::{case.get('name')}" if where else f"{case.get('name')} (collection)")
         elif "skipped" in kinds:
             outcome.skipped += 1
         else:
