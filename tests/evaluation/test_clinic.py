@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from random import Random
 
 import pytest
 
+from megatron_zj.evaluation.clinic import cases
 from megatron_zj.evaluation.clinic.cases import KINDS, Case, draw_case
 from megatron_zj.evaluation.clinic.conditions import NOTICE, Clinic, load_clinic
 from megatron_zj.evaluation.clinic.doctors import SFT_DOCTORS, answer, good
@@ -89,15 +91,20 @@ def test_dialogues_rankings_and_prompts_never_name_an_encyclopaedia_only_conditi
             assert not [fact for fact in facts if fact in text], name
 
 
-def test_held_out_patients_are_in_no_training_file(folder: Path) -> None:
-    def prompts(name: str) -> set[str]:
-        lines = (folder / name).read_text(encoding="utf-8").splitlines()
-        return {json.dumps(json.loads(line)["messages"], ensure_ascii=False) for line in lines}
+def test_held_out_patients_are_in_no_training_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_GREETINGS", "_DURATIONS", "_REQUESTS"):  # so few patients that they would meet again by chance
+        monkeypatch.setattr(cases, name, getattr(cases, name)[:2])
+    write_demo(tmp_path, 0, replace(SIZES, cases=150, preference_validation=150, documents_per_condition=1))
 
-    held_out = prompts("cases.jsonl") | prompts("preference_validation.jsonl")
-    assert not held_out & (prompts("preference.jsonl") | prompts("prompts.jsonl"))
-    sft = (folder / "sft.jsonl").read_text(encoding="utf-8")
-    assert not [prompt for prompt in held_out if prompt.removesuffix("]") in sft]
+    def prompts(name: str) -> list[str]:
+        lines = (tmp_path / name).read_text(encoding="utf-8").splitlines()
+        return [json.dumps(json.loads(line)["messages"], ensure_ascii=False) for line in lines]
+
+    held_out = set(prompts("cases.jsonl")) | set(prompts("preference_validation.jsonl"))
+    assert len(held_out) == 300
+    assert not held_out & {*prompts("preference.jsonl"), *prompts("prompts.jsonl")}
+    answered = {dialogue.rsplit(', {"role": "assistant"', 1)[0] + "]" for dialogue in prompts("sft.jsonl")}
+    assert not held_out & answered
 
 
 def test_every_record_and_the_readme_say_that_it_is_no_medical_advice(folder: Path) -> None:
@@ -217,12 +224,12 @@ def test_written_rankings_put_the_safest_first_and_hold_ties(folder: Path, clini
 
 
 def test_cases_are_read_back_and_a_perfect_model_scores_one(folder: Path, clinic: Clinic) -> None:
-    cases = read_cases(folder / "cases.jsonl", clinic)
-    answers = {codec().prompt(case.messages).__repr__(): good(case, Random(0)) for case in cases}
-    perfect = take_cases(clinic, cases, codec(), lambda prompts: [(answers[repr(list(p))], True) for p in prompts])
+    patients = read_cases(folder / "cases.jsonl", clinic)
+    answers = {repr(codec().prompt(case.messages)): good(case, Random(0)) for case in patients}
+    perfect = take_cases(clinic, patients, codec(), lambda prompts: [(answers[repr(list(p))], True) for p in prompts])
     assert perfect.score == pytest.approx(1.0)
     assert set(perfect.by_kind) == set(KINDS)
-    silent = take_cases(clinic, cases, codec(), answering(lambda text: ""))
+    silent = take_cases(clinic, patients, codec(), answering(lambda text: ""))
     assert silent.score == 0
 
 
