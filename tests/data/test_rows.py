@@ -55,7 +55,7 @@ def test_truncated_dialogue_is_a_prefix_that_ends_in_an_answer(
 
 
 @settings(max_examples=100, deadline=None)
-@given(pairs=pairs_of_turns, max_length=st.integers(30, 120), system=st.booleans())
+@given(pairs=pairs_of_turns, max_length=st.integers(40, 120), system=st.booleans())
 def test_split_dialogue_keeps_every_exchange_once_in_rows_that_fit(
     tokenizer: SentencePieceTokenizer, pairs: list[tuple[str, str]], max_length: int, system: bool
 ) -> None:
