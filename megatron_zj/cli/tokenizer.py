@@ -30,19 +30,19 @@ PATH is a .model file or a tokenizer folder.  Give out as tokenizer.path to the 
 class TextFiles:
     """Raw files of any format."""
 
-    files: tuple[str, ...]
-    on_bad_record: OnBadRecord = "error"
+    files: tuple[str, ...]  # of any format; all their texts are used
+    on_bad_record: OnBadRecord = "error"  # skip: leave out
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A new tokenizer."""
 
-    data: TextFiles
-    out: Path
-    vocab_size: int
-    model_type: Literal["bpe", "unigram"] = "bpe"
-    special_tokens: tuple[str, ...] = ()
+    data: TextFiles  # what it is trained on
+    out: Path  # folder to write
+    vocab_size: int  # ids, bytes and special tokens included
+    model_type: Literal["bpe", "unigram"] = "bpe"  # of SentencePiece
+    special_tokens: tuple[str, ...] = ()  # text never gives these; ids 4, 5 ...
     character_coverage: float = 0.9995  # of the texts' characters; the rest is spelt in bytes
 
 
@@ -50,18 +50,18 @@ class TrainConfig:
 class ExtendConfig:
     """A tokenizer with more pieces."""
 
-    base: Path
-    pieces: Path
-    out: Path
+    base: Path  # whose ids stay
+    pieces: Path  # whose pieces follow
+    out: Path  # folder to write
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShowConfig:
     """A text, cut."""
 
-    path: Path
-    text: str
-    special_tokens: tuple[str, ...] = ()
+    path: Path  # a .model file or a folder
+    text: str  # what to cut
+    special_tokens: tuple[str, ...] = ()  # as tokenizer.special_tokens
 
 
 def main(argv: Sequence[str]) -> int:

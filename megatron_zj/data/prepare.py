@@ -54,9 +54,9 @@ class TextConfig:
     """Raw text for pre-training; what it becomes is read by ``CorpusConfig``."""
 
     kind: Literal["corpus"] = "corpus"
-    files: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()  # raw files
     format: str = "auto"  # a name of data/formats, or auto
-    on_bad_record: OnBadRecord = "error"
+    on_bad_record: OnBadRecord = "error"  # skip: leave out and count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +64,8 @@ class PrepareConfig:
     """One preparation."""
 
     out: Path  # folder to write; a run with other settings or inputs needs another
-    data: TextConfig | ChatConfig | PreferenceConfig | PromptsConfig = TextConfig()
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: TextConfig | ChatConfig | PreferenceConfig | PromptsConfig = TextConfig()  # the raw input
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)  # a copy goes into the folder
     workers: int = 1  # processes that tokenize
     shard_chars: int = 4_000_000  # characters of input a shard, about: what an interruption can lose, a worker
 

@@ -27,6 +27,7 @@ def blankline_documents(lines: Lines) -> Iterator[Item]:
 
 
 def line_documents(lines: Lines) -> Iterator[Item]:
+    """A document is a line."""
     for number, line in lines:
         if line.strip():
             yield Item(number, line)
