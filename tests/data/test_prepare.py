@@ -109,6 +109,22 @@ def test_a_finished_preparation_is_not_done_again(
     assert content(tmp_path) == before
 
 
+def test_a_shard_cut_short_or_of_another_preparation_is_written_again(source: Path, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    prepare(text_config(source, whole))
+    prepare(text_config(source, out))
+    shard = out / "shards" / "000001.bin"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    prepare(text_config(source, out))
+    assert content(out) == content(whole)
+    files = (str(source / "b.jsonl"), str(source / "a.jsonl"))
+    (out / "job.json").unlink()
+    (out / "manifest.json").unlink()
+    prepare(text_config(source, out, data=TextConfig(files=files)))
+    prepare(text_config(source, tmp_path / "other", data=TextConfig(files=files)))
+    assert content(out) == content(tmp_path / "other")
+
+
 @pytest.mark.parametrize("kind", ["chat", "preference"])
 def test_prepared_rows_equal_rows_read_raw(source: Path, tmp_path: Path, kind: str) -> None:
     name = str(source / {"chat": "chat.jsonl", "preference": "rm.jsonl"}[kind])

@@ -27,7 +27,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def write(name: str, records: list[dict]) -> None:
         (path / name).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
 
-    write("chat.jsonl", [{"instruction": f"头痛{i}", "output": "休息" * (1 + i % 4)} for i in range(NUM)])
+    write(
+        "chat.jsonl",
+        [
+            {"instruction": f"头痛{i}", "output": "休息" * (1 + i % 4), "history": [["发热", "多久？"]] * (i % 3)}
+            for i in range(NUM)
+        ],
+    )
     write(
         "preference.jsonl",
         [
@@ -109,7 +115,8 @@ def test_chat_rows_are_the_rendered_dialogues_with_their_mask(folder: Path, toke
     found = {(row[0], row[1]) for row in rows(batch)}
     expected = set()
     for i in range(NUM):
-        messages = (Message("user", f"头痛{i}"), Message("assistant", "休息" * (1 + i % 4)))
+        earlier = [Message("user", "发热"), Message("assistant", "多久？")] * (i % 3)
+        messages = (*earlier, Message("user", f"头痛{i}"), Message("assistant", "休息" * (1 + i % 4)))
         spans = render(messages, TEMPLATES["ziya"], tokenizer)
         mask = tuple(int(span.target) for span in spans for _ in span.ids)
         expected.add((tuple(i for span in spans for i in span.ids), mask))
@@ -172,7 +179,7 @@ def test_state_of_other_data_or_another_seed_is_refused(folder: Path, tokenizer:
 def test_validation_is_the_same_for_every_seed_and_disjoint_from_training(
     folder: Path, tokenizer: SentencePieceTokenizer
 ) -> None:
-    config = ChatConfig(files=(str(folder / "chat.jsonl"),), validation_fraction=0.3, max_length=24, overlong="split")
+    config = ChatConfig(files=(str(folder / "chat.jsonl"),), validation_fraction=0.3)
     parts = []
     for seed in (0, 1):
         train, held_out = build_stream(config, tokenizer, seed), build_stream(config, tokenizer, seed, "validation")
