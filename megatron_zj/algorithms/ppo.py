@@ -117,7 +117,7 @@ class PPO:
         for epoch in range(config.epochs):
             generator = keyed_generator(self.seed, "minibatches", self.num_steps_done, epoch)
             order = torch.randperm(trajectories.num_rows, generator=generator)
-            for row_ids in order.split(config.minibatch_size):
+            for row_ids in torch.split(order, config.minibatch_size):
                 critic = self.models.critic.update(self.value_objective, trajectories, row_ids.tolist())
                 actor = self.models.actor.update(self.policy_objective, trajectories, row_ids.tolist())
                 updates.append(_prefixed("critic/", critic.wait()) | _prefixed("actor/", actor.wait()))

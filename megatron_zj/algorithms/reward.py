@@ -28,7 +28,7 @@ class RankedGroups:
     def weight(self, batch: PackedBatch) -> Tensor:
         """Groups that have at least one pair."""
         better, _ = _pairs(batch)
-        return torch.unique(batch.per_row[GROUP][better]).numel() * torch.ones((), dtype=torch.int64)
+        return torch.tensor(torch.unique(batch.per_row[GROUP][better]).numel())
 
     def __call__(self, outputs: dict[str, Tensor], batch: PackedBatch) -> LossTerms:
         scores_R = outputs["scores"].float()

@@ -41,7 +41,11 @@ def generate_answers(config: InferenceConfig, process: Process) -> None:
     records = records[: config.limit] if config.limit else records
     prompts = [render_prompt(record.messages, model.template, model.tokenizer) for record in records]
     bar = progress_bar(process, len(prompts), 0, "answers")
-    answers = model.continuations(prompts, config.sampling, lambda done: bar.update(done - bar.n) and None)
+
+    def show(done: int) -> None:
+        bar.update(done - bar.n)
+
+    answers = model.continuations(prompts, config.sampling, show)
     bar.close()
     if process.rank == 0:
         target = config.run.dir / ANSWERS

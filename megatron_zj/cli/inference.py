@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from megatron_zj.checkpoint.load import load, newest
 from megatron_zj.checkpoint.manifest import TOKENIZER, RoleInfo, read_manifest
+from megatron_zj.cli.prepare import settings
 from megatron_zj.config.algorithm import SamplingConfig
 from megatron_zj.config.inference import InferenceConfig
 from megatron_zj.config.loader import ConfigError
@@ -34,11 +34,7 @@ CHUNK_ROWS = 256  # rows a role call, so that progress can be shown
 
 def compose_inference(overrides: Sequence[str]) -> InferenceConfig:
     """``key=value`` overrides, checked against InferenceConfig."""
-    bad = [text for text in overrides if "=" not in text]
-    if bad:
-        raise ConfigError([f"{text!r} is no override; write key=value, such as checkpoint.load=DIR" for text in bad])
-    data = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=True)
-    return load_config(InferenceConfig, data if isinstance(data, dict) else {})
+    return load_config(InferenceConfig, settings(overrides, {}))
 
 
 class LoadedModel:

@@ -1,13 +1,13 @@
-"""Using a trained checkpoint: generate, chat, evaluate.  Model shape, tokenizer and template come from the checkpoint."""
+"""Using a trained checkpoint: generate, chat, evaluate.  Shape, tokenizer and template come from the checkpoint."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from megatron_zj.config.algorithm import SamplingConfig
-from megatron_zj.config.data import OnBadRecord, Overlong
+from megatron_zj.config.data import OnBadRecord
 from megatron_zj.config.optim import EngineConfig
 from megatron_zj.config.parallel import ParallelConfig
 from megatron_zj.config.run import RunSettings
@@ -27,24 +27,22 @@ class SourceConfig:
 class QuestionsConfig:
     """What is asked."""
 
-    files: tuple[str, ...] = ()
-    format: str = "auto"
+    files: tuple[str, ...] = ()  # prompts, exams, cases, rankings ...
+    format: str = "auto"  # a name of data/formats
     template: str | None = None  # None: the one the checkpoint was trained with
-    max_length: int | None = None  # tokens a prompt; None: what the model's positions leave for the answer
-    overlong: Overlong = "error"
-    on_bad_record: OnBadRecord = "error"
+    on_bad_record: OnBadRecord = "error"  # stop at a record that cannot be used, or leave it out
 
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceConfig:
     """One use of a checkpoint."""
 
-    checkpoint: SourceConfig
-    run: RunSettings = RunSettings()
-    parallel: ParallelConfig = ParallelConfig()
-    engine: EngineConfig = EngineConfig()
-    sampling: SamplingConfig = SamplingConfig()
-    data: QuestionsConfig = QuestionsConfig()
+    checkpoint: SourceConfig  # the weights to use
+    run: RunSettings = field(default_factory=RunSettings)  # where answers and results go, seed, device
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)  # any layout reads any checkpoint
+    engine: EngineConfig = field(default_factory=EngineConfig)  # precision and micro-batches
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)  # how answers are drawn
+    data: QuestionsConfig = field(default_factory=QuestionsConfig)  # what is asked
     suites: tuple[Suite, ...] = ()  # ``zj evaluate`` only: one for all data.files, or one for each of them
     limit: int = 0  # first records only; 0: all
     untrained: bool = False  # ignore the weights and draw fresh ones from run.seed: the baseline

@@ -33,7 +33,7 @@ class Role:
         self.exchange = exchange
 
     def infer(self, want: Want, batch: WorldBatch, temperature: float = 1.0) -> Pending[Rows | Tensor]:
-        """What the head gives for every row, laid out as ``batch``: token-aligned Rows, or a [rows] tensor of scores."""
+        """What the head gives, laid out as ``batch``: token-aligned Rows, or a [rows] tensor of scores."""
         shards = balance(batch.units(), batch.row_lengths, len(self.placement.shards))
         local = self._to_shards(batch, shards)
         answer = None
