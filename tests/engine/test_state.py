@@ -156,19 +156,28 @@ def test_weights_alone_start_a_new_run() -> None:
         assert max(moved) == 0.0
 
 
-def _late_weights() -> float:
-    """The largest distance between a chunk's weights and the update that was made."""
+def _late_weights() -> tuple[float, list[list[float]]]:
+    """The largest distance between weights, and the losses of reads between updates."""
     groups = make_groups(_case(OVERLAPPED))
     late, plain = make_engine(_case(OVERLAPPED), groups), make_engine(_case(PLAIN), groups)
+    batch, losses = shard_of(global_batch(9), groups), []
     for engine in (late, plain):
-        _steps(engine, 0, 1)
+        objective, found = Squares("lm"), []
+        for step in range(3):
+            found.append(_steps(engine, step, 1)[0]["loss"])
+            found.append(engine.evaluate(objective, batch)["loss"])
+        found.append(_steps(engine, 3, 1)[0]["loss"])
+        losses.append(found)
     late.gather_weights()
     truth = read_stage(plain.chunks, groups)
-    return max(float((value - truth[name]).abs().max()) for name, value in read_stage(late.chunks, groups).items())
+    apart = [float((value - truth[name]).abs().max()) for name, value in read_stage(late.chunks, groups).items()]
+    return max(apart), losses
 
 
 def test_gathered_weights_are_the_updated_ones() -> None:
-    assert max(run_ranks(2, _late_weights)) < 1e-6
+    for apart, (late, plain) in run_ranks(2, _late_weights):
+        assert apart < 1e-4
+        assert late == pytest.approx(plain, abs=2e-6)
 
 
 def _dropout() -> tuple[list[float], list[float]]:
