@@ -35,6 +35,7 @@ class HashingFile:
         self.error: OSError | None = None
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Append; bytes written."""
         view = memoryview(data).cast("B")
         try:
             self._file.write(view)
@@ -46,9 +47,11 @@ class HashingFile:
         return len(view)
 
     def tell(self) -> int:
+        """Bytes written so far."""
         return self.position
 
     def flush(self) -> None:
+        """Hand everything to the operating system."""
         self._file.flush()
 
     def close(self) -> FileRecord:

@@ -242,7 +242,8 @@ def _write_role(folder: Path, incoming: _Incoming) -> dict[str, FileRecord]:
 def _fuse(parts: list[Tensor], model: ModelConfig) -> Tensor:
     """Canonical tensors -> the stored one they make."""
     if len(parts) == 3:
-        return fuse_qkv(*parts, model.kv_heads)
+        query, key, value = parts
+        return fuse_qkv(query, key, value, model.kv_heads)
     return fuse_gate_up(*parts) if len(parts) == 2 else parts[0]
 
 

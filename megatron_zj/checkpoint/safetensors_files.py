@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import safetensors
 import torch
@@ -133,7 +134,7 @@ def write_file(path: Path, tensors: Sequence[Outgoing]) -> None:
             data = tensor.produce()
             if tuple(data.shape) != tensor.shape or data.dtype != tensor.dtype:
                 raise CheckpointError(f"{tensor.name} is {data.dtype} {tuple(data.shape)}, not as announced")
-            file.write(data.contiguous().reshape(-1).view(torch.uint8).numpy())
+            file.write(memoryview(cast(Any, data.contiguous().reshape(-1).view(torch.uint8).numpy())))
             del data
         file.flush()
         os.fsync(file.fileno())

@@ -46,11 +46,14 @@ class Saveable(Protocol):
     head: HeadKind
 
     @property
-    def trainable(self) -> bool: ...
+    def trainable(self) -> bool:
+        """Whether there is optimizer state."""
 
-    def sharded_state(self, *, optimizer: bool, loading: bool) -> dict[str, Any]: ...
+    def sharded_state(self, *, optimizer: bool, loading: bool) -> dict[str, Any]:
+        """megatron-core's sharded state; entries whose name starts with ``model`` are weights."""
 
-    def load_sharded_state(self, state: dict[str, Any]) -> None: ...
+    def load_sharded_state(self, state: dict[str, Any]) -> None:
+        """Take over what ``sharded_state(loading=True)`` asked for, filled in."""
 
 
 @dataclass(frozen=True)

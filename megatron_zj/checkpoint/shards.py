@@ -12,7 +12,7 @@ import pickle
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -270,7 +270,7 @@ class ShardReader:
             if place.file not in self._files:
                 self._files[place.file] = open(path, "rb")  # noqa: SIM115  closed by __exit__
             part = _FilePart(self._files[place.file], place.start, place.length)
-            return torch.load(part, map_location="cpu", weights_only=True)
+            return torch.load(cast(IO[bytes], part), map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing; {_ADVICE}") from None
         except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
@@ -315,7 +315,7 @@ def require_finite(key: str, tensor: Tensor, where: str) -> None:
     if not tensor.is_floating_point():
         return
     flat = tensor.reshape(-1)
-    for part in flat.split(_CHECKED_AT_ONCE):
+    for part in torch.split(flat, _CHECKED_AT_ONCE):
         if bool(torch.isfinite(part).all()):
             continue
         raise CheckpointError(
