@@ -33,7 +33,7 @@ def _blocks(num_warps: int, num_stages: int, **blocks: int) -> Config:
 
 _ROW_KERNELS: Table = {
     "rms_norm_forward": _rows(512, 16),
-    "rms_norm_backward": _rows(512, 32),
+    "rms_norm_backward": _rows(512, 16),
     "swiglu_forward": {"": _blocks(4, 2, BLOCK=1024)},
     "swiglu_backward": {"": _blocks(4, 2, BLOCK=1024)},
     "rope_rotate": {"": _blocks(4, 2, ROWS=32)},
@@ -74,7 +74,7 @@ TABLES: Mapping[str, Table] = {
     "sm_80": {
         **_ROW_KERNELS,
         "attention_forward": {
-            "64": _blocks(4, 3, BM=128, BN=64),
+            "64": _blocks(8, 3, BM=128, BN=64),
             "80": _blocks(8, 2, BM=128, BN=64),
             "96": _blocks(8, 2, BM=128, BN=64),
             "128": _blocks(8, 3, BM=128, BN=64),
@@ -123,7 +123,7 @@ TABLES: Mapping[str, Table] = {
         "attention_dq": {
             "64": _blocks(8, 2, BM=128, BN=64),
             "128": _blocks(8, 2, BM=128, BN=64),
-            "256": _blocks(8, 1, BM=128, BN=32),
+            "256": _blocks(8, 1, BM=32, BN=64),
             "fp32": _blocks(8, 1, BM=16, BN=16),
         },
         "decode_split": {
@@ -136,6 +136,9 @@ TABLES: Mapping[str, Table] = {
         "logprob_dlogits": {"": _blocks(8, 4, BT=128, BV=128, BD=64), "fp32": _blocks(8, 2, BT=64, BV=64, BD=32)},
     },
 }
+
+# Blocks of another table until a device of the kind has been measured.
+SAME_AS = {"sm_100": "sm_90", "gfx942": "sm_80"}
 
 
 def architecture(device: torch.device) -> str:
@@ -163,7 +166,7 @@ def lookup(arch: str, kernel: str, key: str) -> Config:
 
     A key "128/fp32" falls back to "fp32" before it falls back to "128".
     """
-    table = TABLES[arch][kernel]
+    table = TABLES[SAME_AS.get(arch, arch)][kernel]
     size, _, dtype = key.partition("/")
     above = str(1 << (int(size) - 1).bit_length()) if size.isdigit() else ""
     for name in (key, f"{above}/{dtype}", dtype, size, above, ""):

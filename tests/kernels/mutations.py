@@ -85,7 +85,7 @@ BUGS: list[Bug] = [
          "dv = tl.dot(weight.to(dout.dtype), dout, dv, input_precision=PRECISION).to(tl.bfloat16).to(tl.float32)",
          "_backward_queries"),
         ("key tail stored", "_inside(key, num_k,", "_inside(key, num_k + 1,"),
-        ("window ends early", "beyond = key_high + WINDOW", "beyond = key_high + WINDOW - 1", "_query_range"),
+        ("window ends early", "beyond = key_high + WINDOW", "beyond = key_high + WINDOW - BM", "_query_range"),
         ("slots counted past the bound", "slot < bound_a", "slot <= bound_a + 40", "_count_before"),
     ),
     *_bugs(

@@ -1,0 +1,124 @@
+"""Prove the kernels: ``python -m kernels.check [lanes] [--long]``, from the root of a checkout.
+
+Lanes: reference (torch against fp64), interpreter (Triton in its interpreter), mutation (planted bugs), compile (for
+GPUs that are not here); those four by default, one table at the end.  ``gpu`` runs the same proofs on the device,
+then the memory checker, then the benchmark.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as xml
+from dataclasses import dataclass
+from pathlib import Path
+
+LANES = ("reference", "interpreter", "mutation", "compile")
+FORMS = "tests/kernels/triton_forms"
+_QUIET = ["-q", "-p", "no:cacheprovider", "--no-header", "--tb=short"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One lane's line in the table."""
+
+    lane: str
+    passed: int
+    failed: int
+    skipped: int
+    seconds: float
+    note: str = ""
+
+    @property
+    def red(self) -> bool:
+        """Whether the lane failed, or ran nothing without a reason."""
+        return self.failed > 0 or (self.passed == 0 and not self.note)
+
+
+def _command(lane: str, long: bool) -> tuple[list[str], list[str]]:
+    """Environment settings and pytest arguments of a lane."""
+    marks = [] if long else ["-m", "not slow"]
+    if lane == "reference":
+        return [], ["tests/kernels", *marks, f"--ignore={FORMS}", "--ignore=tests/kernels/compiled"]
+    if lane == "interpreter":
+        return ["TRITON_INTERPRET=1"], [FORMS, *marks, "--deselect", f"{FORMS}/test_mutations.py"]
+    if lane == "mutation":
+        return ["TRITON_INTERPRET=1"], [f"{FORMS}/test_mutations.py", *marks]
+    if lane == "gpu":
+        return [], [FORMS, *marks, "--deselect", f"{FORMS}/test_mutations.py"]
+    return ["TRITON_DISABLE_LINE_INFO=1"], ["tests/kernels/compiled", *marks]
+
+
+def run_lane(lane: str, long: bool) -> Outcome:
+    """Run one lane in a process of its own."""
+    settings, arguments = _command(lane, long)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="lane-") as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", *_QUIET, f"--junitxml={report}", *arguments]
+        done = subprocess.run(["env", "OMP_NUM_THREADS=1", *settings, *command], check=False)
+        seconds = time.monotonic() - started
+        if not report.exists():
+            return Outcome(lane, 0, 1, 0, seconds, f"pytest ended with {done.returncode}")
+        suite = xml.parse(report).getroot().find("testsuite")
+    counts = {} if suite is None else suite.attrib
+    total, skipped = int(counts.get("tests", 0)), int(counts.get("skipped", 0))
+    failed = int(counts.get("failures", 0)) + int(counts.get("errors", 0))
+    return Outcome(lane, total - failed - skipped, failed, skipped, seconds)
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """The lanes, one line each."""
+    lines = [f"{'lane':<12} {'passed':>7} {'failed':>7} {'skipped':>8} {'seconds':>8}"]
+    for outcome in outcomes:
+        numbers = f"{outcome.passed:>7} {outcome.failed:>7} {outcome.skipped:>8} {outcome.seconds:>8.1f}"
+        lines.append(f"{outcome.lane:<12} {numbers}  {outcome.note}".rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def gpu() -> list[Outcome]:
+    """The proofs on the device, the memory checker on small ones, then the benchmark."""
+    torch = importlib.import_module("torch")
+    if not torch.cuda.is_available():
+        return [Outcome("gpu", 0, 0, 0, 0.0, "skipped: no CUDA device here")]
+    outcomes = [run_lane("gpu", long=False)]
+    checker = shutil.which("compute-sanitizer")
+    if checker is None:
+        outcomes.append(Outcome("sanitizer", 0, 0, 0, 0.0, "skipped: compute-sanitizer is not installed"))
+    else:
+        started = time.monotonic()
+        small = [sys.executable, "-m", "pytest", *_QUIET, FORMS, "-k", "one or primes or ragged or odd"]
+        done = subprocess.run([checker, "--error-exitcode=1", *small], check=False)
+        passed = int(done.returncode == 0)
+        outcomes.append(Outcome("sanitizer", passed, 1 - passed, 0, time.monotonic() - started))
+    if not any(outcome.red for outcome in outcomes):
+        subprocess.run([sys.executable, "-m", "kernels.bench"], check=False)
+    return outcomes
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; 1 where a lane is red."""
+    parser = argparse.ArgumentParser(prog="python -m kernels.check", description=__doc__)
+    parser.add_argument("lanes", nargs="*", choices=[*LANES, "gpu", []], help="default: the four that need no GPU")
+    parser.add_argument("--long", action="store_true", help="every bug, every table entry, every architecture")
+    parser.add_argument("--write", action="store_true", help="with compile: renew kernels/resources.json first")
+    chosen = parser.parse_args(arguments)
+    if not Path("tests/kernels").is_dir():
+        parser.error("run this from the root of a checkout: the proofs are in tests/kernels")
+    if chosen.write:
+        write = "from kernels import resources; import sys; sys.exit('\\n'.join(resources.write(resources.ALL)) or 0)"
+        subprocess.run(["env", "TRITON_DISABLE_LINE_INFO=1", sys.executable, "-c", write], check=True)
+    outcomes: list[Outcome] = []
+    for lane in chosen.lanes or LANES:
+        outcomes += gpu() if lane == "gpu" else [run_lane(lane, chosen.long)]
+    sys.stdout.write("\n" + table(outcomes))
+    return int(any(outcome.red for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""What the compiler makes of every kernel, for GPUs that are not here.
+
+A process of its own: ``python -m kernels.check compile``.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from kernels import dispatch
+
+if not dispatch.has_triton() or dispatch.interpreting():
+    pytest.skip("compiles with Triton, never in its interpreter", allow_module_level=True)
+
+import triton
+
+from kernels import configs, resources
+from kernels.catalogue import entries
+from kernels.fingerprint import source_hash
+from kernels.resources import ALL, BLOCKING, Job, Row
+
+SHORT: list[Job] = [(arch, entry.label) for arch in BLOCKING for entry in entries() if resources.typical(entry)]
+LONG: list[Job] = [(arch, entry.label) for arch in ALL for entry in entries() if (arch, entry.label) not in SHORT]
+
+
+@pytest.fixture(scope="module")
+def compiled(request: pytest.FixtureRequest) -> dict[Job, Row | str]:
+    """Everything the selected tests need, compiled on two processes."""
+    wanted = {
+        item.callspec.params["job"] for item in request.session.items if "compiled" in getattr(item, "fixturenames", ())
+    }
+    return resources.compile_entries([job for job in [*SHORT, *LONG] if job in wanted])
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        *[pytest.param(job, id=" ".join(job)) for job in SHORT],
+        *[pytest.param(job, id=" ".join(job), marks=pytest.mark.slow) for job in LONG],
+    ],
+)
+def test_kernel_compiles_and_keeps_its_promises(job: Job, compiled: dict[Job, Row | str]) -> None:
+    arch, label = job
+    row = compiled[job]
+    assert not isinstance(row, str), row
+    if arch in BLOCKING:
+        assert not resources.broken_promises(resources.by_label()[label], arch, row)
+    table = resources.load()
+    if triton.__version__ == table["triton"]:
+        committed = dict(table["rows"][arch][label])
+        committed.pop("hash")
+        assert not resources.differences(committed, row), "python -m kernels.check compile --write renews the table"
+
+
+@pytest.mark.parametrize("arch", BLOCKING)
+def test_committed_table_is_of_this_source_and_keeps_every_promise(arch: str) -> None:
+    table = resources.load()
+    assert not resources.stale(table, arch), "python -m kernels.check compile --write renews the table"
+    catalogue = resources.by_label()
+    broken = {
+        label: promises
+        for label, row in table["rows"][arch].items()
+        if (promises := resources.broken_promises(catalogue[label], arch, row))
+    }
+    assert not broken
+
+
+def test_every_kernel_of_the_tables_is_compiled() -> None:
+    known = {entry.name for entry in entries()}
+    for arch in BLOCKING:
+        assert set(configs.TABLES[arch]) == known
+
+
+def test_hash_follows_the_source_of_what_a_kernel_calls() -> None:
+    by_name = {entry.name: source_hash(entry.kernel) for entry in entries()}
+    assert len(set(by_name.values())) == len(by_name)
+    forward = next(entry for entry in entries() if entry.name == "attention_forward")
+    helper = forward.kernel.fn.__globals__["_visible"]
+    before, original = source_hash(forward.kernel), helper.fn
+    other = next(entry for entry in entries() if entry.name == "gae_scan").kernel.fn
+    helper.fn = other
+    try:
+        assert source_hash(forward.kernel) != before
+    finally:
+        helper.fn = original
+    assert source_hash(forward.kernel) == before

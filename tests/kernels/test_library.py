@@ -1,0 +1,111 @@
+"""torch.library: schemas, FakeTensor, autograd registration and torch.compile, on the CPU path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.attention import attention, decode_attention
+from kernels.gae import gae
+from kernels.linear_logprob import linear_logprob
+from kernels.reward_head import ranking_loss, reward_head
+from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rope import rope, rope_tables
+from kernels.swiglu import swiglu
+from kernels.value_head import value_head, value_head_loss
+from tests.kernels.cases import ends, normal
+
+OPS = torch.ops.zj
+CU = ends((3, 4))
+
+
+def _leaf(*shape: int, seed: int = 0) -> Tensor:
+    return normal(*shape, dtype=torch.float32, seed=seed).requires_grad_()
+
+
+def _tables() -> tuple[Tensor, Tensor, Tensor]:
+    cos, sin = rope_tables(10.0 ** -torch.arange(4, dtype=torch.float64), 8)
+    return cos, sin, torch.tensor([0, 1, 2, 0, 1, 2, 3])
+
+
+TARGETS, LAST = torch.tensor([0, 3, 2, 1, 4, 5, 6]), torch.tensor([2, -1, 6])
+GROUPS, RANKS = torch.tensor([1, 1, 1, 2, 2, 2, 2]), torch.tensor([0, 1, 1, 2, 0, 1, 3])
+CALLS: dict[str, tuple[object, tuple[object, ...]]] = {
+    "attention": (
+        OPS.attention.default,
+        (
+            _leaf(7, 4, 8), _leaf(7, 2, 8, seed=1), _leaf(7, 2, 8, seed=2), CU, CU, None, None, None, 0.3, True, 0,
+            "torch",
+        ),
+    ),
+    "decode_attention": (
+        OPS.decode_attention.default,
+        (
+            normal(2, 4, 8, dtype=torch.float32), normal(2, 5, 2, 8, dtype=torch.float32),
+            normal(2, 5, 2, 8, dtype=torch.float32), torch.tensor([3, 5]), 0.3, 0, "torch",
+        ),
+    ),
+    "rms_norm": (OPS.rms_norm.default, (_leaf(7, 8), _leaf(8, seed=1), 1e-5, "torch")),
+    "add_rms_norm": (OPS.add_rms_norm.default, (_leaf(7, 8), _leaf(7, 8, seed=1), _leaf(8, seed=2), 1e-5, "torch")),
+    "rope": (OPS.rope.default, (_leaf(7, 2, 8), *_tables(), 1.0, "torch")),
+    "swiglu": (OPS.swiglu.default, (_leaf(7, 8), "torch")),
+    "linear_logprob": (
+        OPS.linear_logprob.default, (_leaf(7, 8), _leaf(9, 8, seed=1), TARGETS, None, 0, 9, 0.7, True, "torch"),
+    ),
+    "reward_head": (
+        OPS.reward_head.default,
+        (_leaf(7, 8), LAST, _leaf(8, seed=1), _leaf(1, seed=2), _leaf(8, seed=3), 1e-5, "torch"),
+    ),
+    "ranking": (OPS.ranking.default, (_leaf(7), GROUPS, RANKS, 0.2, 0.1, True, "torch")),
+    "value_head": (
+        OPS.value_head.default,
+        (
+            _leaf(7, 8), _leaf(8, seed=1), _leaf(1, seed=2), normal(7, dtype=torch.float32, seed=3),
+            normal(7, dtype=torch.float32, seed=4), None, 0.2, "torch",
+        ),
+    ),
+    "gae": (
+        OPS.gae.default,
+        (normal(7, dtype=torch.float32), normal(7, dtype=torch.float32, seed=1), CU, None, None, 0.9, 0.9, "torch"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_opcheck_accepts_schema_fake_and_autograd(name: str) -> None:
+    op, args = CALLS[name]
+    torch.library.opcheck(op, args)
+
+
+def _everything(x: Tensor, weight: Tensor, vocabulary: Tensor) -> tuple[Tensor, ...]:
+    """A little of each public function, as a model strings them together."""
+    cos, sin, positions = _tables()
+    normed, total = add_rms_norm(x, x * 0.5, weight, 1e-5)
+    heads = rope(normed.view(7, 1, 8), cos, sin, positions)
+    out, _ = attention(heads, heads, heads, CU, cu_seqlens_q_list=[0, 3, 7])
+    mixed = swiglu(torch.cat((out.view(7, 8), total), -1))
+    logprob, entropy = linear_logprob(rms_norm(mixed, weight, 1e-5), vocabulary, TARGETS)
+    values = value_head(mixed, weight)
+    terms = value_head_loss(mixed, weight, None, values.detach(), logprob.detach(), clip=0.2)
+    ranked = ranking_loss(reward_head(mixed, torch.tensor([0, 1, 2, 3, 4, 5, 6]), weight), GROUPS, RANKS)
+    advantages, _ = gae(values, values, CU, gamma=0.9, lam=0.9, cu_seqlens_list=[0, 3, 7])
+    decoded = decode_attention(heads.detach(), heads.detach()[:, None], heads.detach()[:, None], torch.ones(7).long())
+    loss = (logprob + 0.1 * entropy + terms.loss).sum() + ranked.loss.sum()
+    return loss, advantages, decoded
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_without_a_graph_break_equals_eager(backend: str) -> None:
+    inputs = (_leaf(7, 8), _leaf(8, seed=1), _leaf(9, 8, seed=2))
+    eager = _everything(*inputs)
+    eager_grads = torch.autograd.grad(eager[0], inputs)
+    torch.compiler.reset()
+    compiled: Callable[..., tuple[Tensor, ...]] = torch.compile(_everything, backend=backend, fullgraph=True)
+    found = compiled(*inputs)
+    for have, want in zip(found, eager, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-6)
+    for have, want in zip(torch.autograd.grad(found[0], inputs), eager_grads, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
