@@ -148,6 +148,7 @@ class Demo:
             f"run.seed={self.seed}",
             f"run.device={self.device}",
             f"tokenizer.path={run / 'tokenizer'}",
+            f"model.vocab_size={VOCAB_SIZE}",
             f"data.files=[{run / 'data' / data[stage.name]}]",
         ]
         if stage.name in ("sft", "sft_scratch", "reward"):

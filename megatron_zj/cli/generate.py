@@ -55,7 +55,7 @@ def generate_answers(config: InferenceConfig, process: Process) -> None:
                 finished = bool(ids) and ids[-1] == model.tokenizer.eos_id
                 line = {
                     "prompt": record.messages[-1].content,
-                    "answer": model.tokenizer.decode(ids),
+                    "answer": model.text(ids),
                     "finished": finished,
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")

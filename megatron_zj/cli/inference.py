@@ -84,7 +84,11 @@ class LoadedModel:
         """Sampled texts, and whether each ended by itself."""
         eos = self.tokenizer.eos_id
         found = self.continuations(prompts, sampling)
-        return [(self.tokenizer.decode(ids), bool(ids) and ids[-1] == eos) for ids in found]
+        return [(self.text(ids), bool(ids) and ids[-1] == eos) for ids in found]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What the ids say.  A model may have rows that the tokenizer has no piece for; such an id says nothing."""
+        return self.tokenizer.decode([token_id for token_id in ids if token_id < self.tokenizer.vocab_size])
 
     def option_logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
         """Sum of the log-probabilities (nats) of each option's ids after its prompt's."""
