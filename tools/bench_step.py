@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,8 @@ def run_rank(rank: int, ranks: int, folder: str, options: argparse.Namespace) ->
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store = dist.FileStore(f"{folder}/store", ranks)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=ranks)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=600))
     torch.manual_seed(rank)
     tokens = torch.randint(0, VOCABULARY, (options.rows, options.sequence)).to(device)
     steps = {"plain": plain_step(options, tokens, device), "engine": engine_step(options, tokens, device)}
