@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 from dataclasses import replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,8 @@ def main(head: str) -> None:
     """One training step of two packs, compared with the reference; the result as JSON on the last line."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
+        store = dist.FileStore(f"{folder}/store", 1)
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timedelta(seconds=120))
         with dispatch.record_launches() as launches:
             outcome = compare(Case(head, model=MODEL, head=head), 1)  # type: ignore[arg-type]
         dist.destroy_process_group()
