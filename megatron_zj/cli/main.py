@@ -13,6 +13,8 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from megatron_zj.config.loader import ConfigError
+
 COMMANDS = {
     "train": "train a model: zj train experiment=demo/pretrain (under torchrun for several ranks)",
     "prepare": "raw text, dialogues, rankings into what training reads",
@@ -70,7 +72,7 @@ def guarded(command: Callable[[list[str]], int], argv: Sequence[str]) -> int:
             traceback.print_exc()
             if not debug:
                 sys.stderr.write("\nThis is a fault of the program, not of your input: please report the text above.\n")
-        else:
+        elif not isinstance(error, ConfigError) or _is_first_rank():
             sys.stderr.write(_message(error))
         return 1
 
@@ -78,6 +80,15 @@ def guarded(command: Callable[[list[str]], int], argv: Sequence[str]) -> int:
 def _command(name: str) -> Callable[[list[str]], int]:
     command: Callable[[list[str]], int] = importlib.import_module(f"megatron_zj.cli.{name}").main
     return command
+
+
+def _is_first_rank() -> bool:
+    """Every rank reads the same configuration and finds the same fault: one of them says it.
+
+    Imported here, when something is wrong: ``zj --help`` need not wait for torch.
+    """
+    runtime = importlib.import_module("megatron_zj.runtime.distributed")
+    return int(runtime.rank_of_environment()) == 0
 
 
 def _is_users(error: BaseException) -> bool:

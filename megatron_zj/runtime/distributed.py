@@ -106,6 +106,11 @@ def world_size_of_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank_of_environment() -> int:
+    """This process's rank by its launcher's word; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
 @dataclass(frozen=True)
 class _Place:
     rank: int
