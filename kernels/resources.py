@@ -58,6 +58,14 @@ def by_label() -> dict[str, Entry]:
     return {entry.label: entry for entry in entries()}
 
 
+def cubins(arch: str) -> dict[str, str]:
+    """Hash of every kernel's binary on an architecture, by label."""
+    found = {}
+    for label, entry in by_label().items():
+        found[label] = offline.compile_for(arch, entry.kernel, entry.args, entry.launch_meta(arch)).code
+    return found
+
+
 def broken_promises(entry: Entry, arch: str, row: Row) -> list[str]:
     """What this compiled entry promised and does not keep."""
     found = []

@@ -54,15 +54,16 @@ def forward(
     weight = weight_VD[:valid_rows].to(wide)
     for tokens in _chunks(tokens_N, valid_rows):
         logits = _logits(hidden_TD, weight, tokens, temperature)
-        chunk_lse = logits.logsumexp(-1)
-        lse[tokens] = chunk_lse
         local = targets_T[tokens] - vocab_start
         here = (local >= 0) & (local < valid_rows)
         picked = logits.gather(1, local.clamp(0, valid_rows - 1)[:, None]).squeeze(1)
         target[tokens] = torch.where(here, picked, 0.0)
+        highest = logits.amax(-1, keepdim=True)
+        shares = torch.exp(logits.sub_(highest))
+        total = shares.sum(-1)
+        lse[tokens] = highest.squeeze(1) + total.log()
         if entropy:
-            table = logits.sub_(chunk_lse[:, None])
-            spread[tokens] = -(torch.exp(table) * table).sum(-1)
+            spread[tokens] = total.log() - shares.mul_(logits).sum(-1) / total
     return lse.clone(), target.clone(), spread.clone()
 
 

@@ -105,14 +105,14 @@ BUGS: list[Bug] = [
     ),
     *_bugs(
         "attention", "attention_delta", r"ragged|gqa|head 80",
-        ("sum of the output", "out * dout", "out * out"),
+        ("sum of the output", "tl.sum(out * dout", "tl.sum(out * out"),
         ("row and head swapped", "(row % HEADS) * num_tokens + row // HEADS", "row"),
         ("heads not separated", "(row % HEADS) * num_tokens", "0 * num_tokens"),
         ("tail not masked", "mask=row < num_rows)", "mask=row < num_rows + 1)"),
         ("head size padding read", "_inside(row, num_rows, dim, D, BD)", "_inside(row, num_rows, dim, D, D)"),
         ("in bf16", "delta = tl.sum(out * dout, 1)", "delta = tl.sum(out * dout, 1).to(tl.bfloat16).to(tl.float32)"),
         ("half of it", "tl.sum(out * dout, 1)", "tl.sum(out * dout, 1) * 0.5"),
-        ("absolute values", "out * dout", "tl.abs(out * dout)"),
+        ("absolute values", "tl.sum(out * dout", "tl.sum(tl.abs(out * dout)"),
     ),
     *_bugs(
         "attention", "decode_split", "^decode",

@@ -1,0 +1,212 @@
+"""Time the kernels: ``python -m kernels.bench [ops] [--plot]`` and ``python -m kernels.bench tune``.
+
+On CUDA each op is timed against what is found in the environment (torch eager, torch.compile, SDPA, Liger) and against
+ceilings measured in the same run: copy bandwidth and a square bf16 GEMM.  On a CPU the torch path of each op is timed
+against its naive form.  An op whose check is red is not timed.  Results go to JSON, with the fingerprint of the source
+and blocks they belong to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels import dispatch, shapes
+from kernels.shapes import Case
+
+Run = Callable[[], object]
+CACHE_BYTES = 256 << 20  # written between runs so that no input is still in a cache
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One form of one op on one shape."""
+
+    op: str
+    shape: str
+    form: str  # "ours", or the alternative
+    milliseconds: float  # median
+    rate: float  # GB/s or TFLOP/s
+    unit: str
+    percent: float | None  # of the ceiling measured in the same run; None: on a CPU
+    peak_mib: float | None  # memory beyond the inputs, MiB; None: on a CPU
+
+
+class Stopwatch:
+    """Median times on a device, caches flushed on CUDA."""
+
+    def __init__(self, device: torch.device, repeats: int) -> None:
+        self.device, self.repeats = device, repeats
+        self.flush = torch.empty(CACHE_BYTES if device.type == "cuda" else 0, dtype=torch.int8, device=device)
+
+    def milliseconds(self, run: Run) -> float:
+        """The median over ``repeats`` runs, after two warm ones."""
+        for _ in range(2):
+            run()
+        return statistics.median(self._once(run) for _ in range(self.repeats))
+
+    def _once(self, run: Run) -> float:
+        if self.device.type != "cuda":
+            started = time.perf_counter()
+            run()
+            return (time.perf_counter() - started) * 1e3
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flush.zero_()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+    def peak_mib(self, run: Run) -> float | None:
+        """Memory a run takes beyond what is allocated already."""
+        if self.device.type != "cuda":
+            return None
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def ceilings(watch: Stopwatch) -> dict[str, float]:
+    """Copy bandwidth, GB/s, and the rate of a square bf16 GEMM, TFLOP/s, of this device now."""
+    if watch.device.type != "cuda":
+        return {}
+    source = torch.empty(1 << 30, dtype=torch.int8, device=watch.device)
+    target = torch.empty_like(source)
+    copy = watch.milliseconds(lambda: target.copy_(source))
+    side = 8192
+    a = torch.randn(side, side, dtype=torch.bfloat16, device=watch.device)
+    gemm = watch.milliseconds(lambda: a @ a)
+    return {"GB/s": 2 * source.numel() / copy / 1e6, "TFLOP/s": 2 * side**3 / gemm / 1e9}
+
+
+def time_case(case: Case, watch: Stopwatch, ceiling: Mapping[str, float]) -> list[Timing]:
+    """Every form of one case; a form that fails is left out with its reason on standard error."""
+    found = []
+    for form, run in case.forms.items():
+        try:
+            elapsed = watch.milliseconds(run)
+            peak = watch.peak_mib(run)
+        except (RuntimeError, NotImplementedError) as error:
+            sys.stderr.write(f"{case.op} {case.shape} {form}: {str(error).splitlines()[0][:120]}\n")
+            continue
+        rate = case.work / elapsed / (1e6 if case.unit == "GB/s" else 1e9)
+        percent = 100 * rate / ceiling[case.unit] if case.unit in ceiling else None
+        found.append(Timing(case.op, case.shape, form, elapsed, rate, case.unit, percent, peak))
+    return found
+
+
+def check(case: Case) -> str | None:
+    """None where our result is close to the alternative's in fp32; else what is wrong."""
+    if case.verify is None:
+        return None
+    for index, (ours, plain) in enumerate(zip(*case.verify(), strict=True)):
+        error = (ours.float() - plain.float()).norm() / plain.float().norm().clamp(min=1e-20)
+        if not bool(error < case.tolerance):
+            return f"result {index} differs by {float(error):.1e}, allowed {case.tolerance:.0e}"
+    return None
+
+
+def line(timing: Timing) -> str:
+    """One row of the printed table."""
+    percent = "" if timing.percent is None else f"{timing.percent:5.1f} %"
+    peak = "" if timing.peak_mib is None else f"{timing.peak_mib:9.1f} MiB"
+    times = f"{timing.milliseconds:10.3f} ms {timing.rate:10.4g} {timing.unit:<7}"
+    return f"{timing.op:<22} {timing.shape:<34} {timing.form:<14} {times} {percent} {peak}".rstrip() + "\n"
+
+
+def bench(ops: Sequence[str], device: torch.device, repeats: int) -> tuple[list[Timing], dict[str, float], list[str]]:
+    """All cases of these ops (none: of all); the timings, the ceilings and the red ops."""
+    watch = Stopwatch(device, repeats)
+    ceiling = ceilings(watch)
+    timings: list[Timing] = []
+    red: list[str] = []
+    for case in shapes.cases(device):
+        if ops and case.op not in ops:
+            continue
+        wrong = check(case)
+        if wrong is not None:
+            red.append(case.op)
+            sys.stdout.write(f"{case.op:<22} {case.shape:<34} RED, not timed: {wrong}\n")
+            continue
+        for timing in time_case(case, watch, ceiling):
+            timings.append(timing)
+            sys.stdout.write(line(timing))
+    return timings, ceiling, red
+
+
+def report(timings: Sequence[Timing], ceiling: Mapping[str, float], device: torch.device) -> dict[str, Any]:
+    """What goes to JSON: enough to say later whether a number is stale."""
+    record: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+        "torch": torch.__version__,
+        "ceilings": dict(ceiling),
+        "timings": [asdict(timing) for timing in timings],
+    }
+    if device.type == "cuda" and dispatch.has_triton():
+        configs = importlib.import_module("kernels.configs")
+        fingerprint = importlib.import_module("kernels.fingerprint")
+        resources = importlib.import_module("kernels.resources")
+        arch = configs.architecture(device)
+        record["triton"] = importlib.import_module("triton").__version__
+        record["arch"] = arch
+        record["hashes"] = {label: fingerprint.entry_hash(entry, arch) for label, entry in resources.by_label().items()}
+        record["cubins"] = {record["triton"]: resources.cubins(arch)}
+    return record
+
+
+def plot(timings: Sequence[Timing], path: Path) -> None:
+    """Bars of every form, a panel an op.  Needs matplotlib."""
+    figure_module = importlib.import_module("matplotlib.figure")
+    ops = sorted({timing.op for timing in timings})
+    figure = figure_module.Figure(figsize=(10, 3 * len(ops)), layout="constrained")
+    for axes, op in zip(figure.subplots(len(ops), 1, squeeze=False)[:, 0], ops, strict=True):
+        rows = [timing for timing in timings if timing.op == op]
+        axes.barh([f"{row.shape} {row.form}" for row in rows], [row.rate for row in rows])
+        axes.set_title(op)
+        axes.set_xlabel(rows[0].unit)
+        axes.invert_yaxis()
+    figure.savefig(path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; 1 where an op is red."""
+    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__)
+    parser.add_argument("ops", nargs="*", help="ops to time (default: all), or the single word 'tune'")
+    parser.add_argument("--out", type=Path, default=Path("bench.json"), help="JSON file (default: bench.json)")
+    parser.add_argument("--plot", type=Path, help="also draw bars into this file")
+    parser.add_argument("--repeats", type=int, default=20, help="timed runs of each form (default: 20)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--arch", default="sm_90", help="tune: the architecture (default: sm_90)")
+    chosen = parser.parse_args(arguments)
+    if chosen.ops == ["tune"]:
+        tune = importlib.import_module("kernels.tune")
+        sys.stdout.write(json.dumps(tune.propose(chosen.arch), indent=1) + "\n")
+        return 0
+    known = {case.op for case in shapes.cases(torch.device("cpu"))}
+    if unknown := set(chosen.ops) - known:
+        parser.error(f"unknown ops {sorted(unknown)}; known: {sorted(known)}")
+    device = torch.device(chosen.device)
+    timings, ceiling, red = bench(chosen.ops, device, chosen.repeats)
+    chosen.out.write_text(json.dumps(report(timings, ceiling, device), indent=1), encoding="utf-8")
+    if chosen.plot:
+        plot(timings, chosen.plot)
+    return int(bool(red))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

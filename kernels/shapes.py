@@ -1,0 +1,307 @@
+"""The shapes the benchmark times, and on each the forms that are compared."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kernels.attention import attention, decode_attention
+from kernels.gae import gae
+from kernels.linear_logprob import linear_logprob
+from kernels.reward_head import ranking_loss, reward_head
+from kernels.rms_norm import add_rms_norm
+from kernels.rope import rope, rope_tables
+from kernels.swiglu import swiglu
+from kernels.value_head import value_head_loss
+
+Run = Callable[[], object]
+Results = Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on one shape: our form and the alternatives, and the work they all do."""
+
+    op: str
+    shape: str
+    forms: Mapping[str, Run]
+    work: float  # bytes that must move, or floating-point operations
+    unit: str  # "GB/s" or "TFLOP/s"
+    verify: Results | None = None  # our results and plain torch's
+    tolerance: float = field(default=2e-2)
+
+
+def cases(device: torch.device) -> list[Case]:
+    """Model-sized on CUDA (bf16), small on a CPU (fp32)."""
+    found: list[Case] = []
+    if device.type == "cuda":
+        found += [_attention(device, 4, 8192, 32, 8, 128, packed=packed) for packed in (False, True)]
+        found += [_decode(device, 64, 8192, 32, 8, 128)]
+        found += [_norm(device, 16384, width) for width in (2048, 4096, 8192)]
+        found += [_logprob(device, 8192, 151936, width) for width in (2048, 4096)]
+        found += [_swiglu(device, 16384, 11008), _rope(device, 16384, 32, 128)]
+        found += [_gae(device, 512, 1024), _value(device, 16384, 4096), *_reward(device, 64, 256, 4096)]
+        return found
+    found += [_attention(device, 4, 512, 8, 4, 64, packed=packed) for packed in (False, True)]
+    found += [_decode(device, 16, 512, 8, 4, 64), _norm(device, 2048, 512), _logprob(device, 1024, 16384, 256)]
+    found += [_swiglu(device, 2048, 1376), _rope(device, 2048, 8, 64), _gae(device, 64, 256)]
+    return [*found, _value(device, 2048, 512), *_reward(device, 32, 64, 512)]
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _random(device: torch.device, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.randn(*shape, dtype=dtype or _dtype(device), device=device)
+
+
+def _with_gradients(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> Run:
+    """Forward and backward, along fixed directions."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    directions: list[Tensor] = []
+
+    def run() -> Sequence[Tensor]:
+        outputs = [out for out in function(*leaves) if out.requires_grad]
+        if not directions:
+            directions.extend(torch.randn_like(out) for out in outputs)
+        return torch.autograd.grad(outputs, leaves, directions)
+
+    return run
+
+
+def _forms(named: Mapping[str, Callable[..., Sequence[Tensor]]], inputs: Sequence[Tensor]) -> dict[str, Run]:
+    forms: dict[str, Run] = {}
+    for name, function in named.items():
+        forms[f"{name} forward"] = lambda function=function: function(*inputs)  # type: ignore[misc]
+        forms[f"{name} both"] = _with_gradients(function, inputs)
+    return forms
+
+
+def _alternatives(
+    device: torch.device, ours: Callable[..., Sequence[Tensor]], plain: Callable[..., Sequence[Tensor]]
+) -> dict[str, Callable[..., Sequence[Tensor]]]:
+    named = {"ours": ours, "naive": plain}
+    if device.type == "cuda":
+        named["compiled"] = torch.compile(plain)
+    return named
+
+
+def _naive_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    """One mask over the whole pack: what packing costs without a kernel for it."""
+    total, group = q.shape[0], q.shape[1] // k.shape[1]
+    row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(q.device)
+    hidden = (row[:, None] != row[None, :]) | torch.ones(total, total, device=q.device).triu(1).bool()
+    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * q.shape[2] ** -0.5
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype)
+    return [torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(group, 1))]
+
+
+def _attention(
+    device: torch.device, rows: int, length: int, heads: int, kv_heads: int, dim: int, *, packed: bool
+) -> Case:
+    ragged = [length // 2, length // 8, length - length // 2 - length // 8] if packed else [length]
+    lengths = ragged * rows
+    ends = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    cu = torch.tensor(ends, dtype=torch.int32, device=device)
+    inputs = [_random(device, rows * length, count, dim) for count in (heads, kv_heads, kv_heads)]
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
+        return attention(q, k, v, cu, cu_seqlens_q_list=ends)[:1]
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
+        dense = [x.view(rows, length, -1, dim).transpose(1, 2) for x in (q, k, v)]
+        out = torch.nn.functional.scaled_dot_product_attention(*dense, is_causal=True, enable_gqa=True)  # type: ignore[arg-type]
+        return [out.transpose(1, 2).reshape(rows * length, heads, dim)]
+
+    named: dict[str, Callable[..., Sequence[Tensor]]] = {"ours": ours}
+    if device.type != "cuda":
+        named["naive"] = lambda q, k, v: _naive_attention(q, k, v, lengths)
+    if not packed:
+        named["sdpa"] = sdpa
+    flops = sum(2 * 2 * heads * dim * size * size / 2 for size in lengths)
+    small = [x[: ends[1]] for x in inputs]
+    few = cu[:2]
+
+    def verify() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        if ends[1] > 4096:
+            head = [x[:512] for x in small]
+            first = torch.tensor([0, 512], dtype=torch.int32, device=device)
+            return attention(*head, first)[:1], _naive_attention(*head, [512])  # type: ignore[misc]
+        return attention(*small, few)[:1], _naive_attention(*small, [ends[1]])  # type: ignore[misc]
+
+    shape = f"{rows}x{length} H{heads}/{kv_heads} D{dim} {'packed' if packed else 'dense'}"
+    return Case("attention", shape, _forms(named, inputs), flops, "TFLOP/s", verify)
+
+
+def _decode(device: torch.device, rows: int, length: int, heads: int, kv_heads: int, dim: int) -> Case:
+    q = _random(device, rows, heads, dim)
+    cache = [_random(device, rows, length, kv_heads, dim) for _ in range(2)]
+    lengths = torch.full((rows,), length, device=device)
+
+    def naive() -> Tensor:
+        keys, values = (x.repeat_interleave(heads // kv_heads, 2).transpose(1, 2) for x in cache)
+        return torch.nn.functional.scaled_dot_product_attention(q[:, :, None], keys, values)[:, :, 0]
+
+    forms: dict[str, Run] = {"ours": lambda: decode_attention(q, *cache, lengths), "naive": naive}  # type: ignore[call-arg,arg-type]
+    moved = 2 * cache[0].numel() * cache[0].element_size()
+    return Case(
+        "decode_attention", f"{rows} rows x {length} H{heads}/{kv_heads}", forms, moved, "GB/s",
+        lambda: ([decode_attention(q, cache[0], cache[1], lengths)], [naive()]),
+    )  # fmt: skip
+
+
+def _norm(device: torch.device, rows: int, width: int) -> Case:
+    inputs = [_random(device, rows, width), _random(device, rows, width), _random(device, width)]
+
+    def ours(x: Tensor, residual: Tensor, weight: Tensor) -> Sequence[Tensor]:
+        return add_rms_norm(x, residual, weight, 1e-5)
+
+    def plain(x: Tensor, residual: Tensor, weight: Tensor) -> Sequence[Tensor]:
+        total = x + residual
+        wide = total.float()
+        scale = (wide.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt()
+        return (wide * scale).to(x.dtype) * weight, total
+
+    named = _alternatives(device, ours, plain)
+    moved = 4 * rows * width * inputs[0].element_size()
+    return Case(
+        "rms_norm", f"{rows} x {width} + residual", _forms(named, inputs), moved, "GB/s",
+        lambda: (ours(*inputs), plain(*inputs)),
+    )  # fmt: skip
+
+
+def _logprob(device: torch.device, tokens: int, vocab: int, width: int) -> Case:
+    inputs = [_random(device, tokens, width) * width**-0.5, _random(device, vocab, width)]
+    targets = torch.randint(0, vocab, (tokens,), device=device)
+
+    def ours(hidden: Tensor, weight: Tensor) -> Sequence[Tensor]:
+        return linear_logprob(hidden, weight, targets)
+
+    def plain(hidden: Tensor, weight: Tensor) -> Sequence[Tensor]:
+        table = torch.log_softmax((hidden @ weight.t()).float(), -1)
+        return table.gather(1, targets[:, None])[:, 0], -(table.exp() * table).sum(-1)
+
+    named: dict[str, Callable[..., Sequence[Tensor]]] = {"ours": ours, "naive": plain}
+    named["bare GEMM"] = lambda hidden, weight: [hidden @ weight.t()]
+    if importlib.util.find_spec("liger_kernel") is not None:
+        liger = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss(reduction="none")
+        named["Liger CE"] = lambda hidden, weight: [liger(weight, hidden, targets)]
+    few = [inputs[0][:64], inputs[1]]
+
+    def verify() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        table = torch.log_softmax((few[0] @ few[1].t()).float(), -1)
+        want = table.gather(1, targets[:64, None])[:, 0], -(table.exp() * table).sum(-1)
+        return linear_logprob(few[0], few[1], targets[:64]), want
+
+    return Case(
+        "linear_logprob", f"{tokens} x {width} x {vocab}", _forms(named, inputs), 2.0 * tokens * vocab * width,
+        "TFLOP/s", verify,
+    )  # fmt: skip
+
+
+def _swiglu(device: torch.device, rows: int, width: int) -> Case:
+    inputs = [_random(device, rows, 2 * width)]
+
+    def plain(x: Tensor) -> Sequence[Tensor]:
+        gate, up = x.chunk(2, -1)
+        return [gate * torch.sigmoid(gate) * up]
+
+    named = _alternatives(device, lambda x: [swiglu(x)], plain)
+    moved = 3 * rows * width * inputs[0].element_size()
+    return Case(
+        "swiglu", f"{rows} x {width}", _forms(named, inputs), moved, "GB/s",
+        lambda: ([swiglu(*inputs)], plain(*inputs)),
+    )  # fmt: skip
+
+
+def _rope(device: torch.device, tokens: int, heads: int, dim: int) -> Case:
+    cos, sin = rope_tables(10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim), tokens)
+    positions = torch.arange(tokens, device=device)
+    inputs = [_random(device, tokens, heads, dim)]
+
+    def plain(x: Tensor) -> Sequence[Tensor]:
+        c, s = (torch.cat((table[positions], table[positions]), -1)[:, None] for table in (cos, sin))
+        first, second = x.chunk(2, -1)
+        return [(x * c + torch.cat((-second, first), -1) * s).to(x.dtype)]
+
+    named = _alternatives(device, lambda x: [rope(x, cos, sin, positions)], plain)
+    moved = 2 * inputs[0].numel() * inputs[0].element_size()
+    return Case(
+        "rope", f"{tokens} x {heads} x {dim}", _forms(named, inputs), moved, "GB/s",
+        lambda: ([rope(inputs[0], cos, sin, positions)], plain(*inputs)),
+    )  # fmt: skip
+
+
+def _gae(device: torch.device, rows: int, length: int) -> Case:
+    rewards, values = (_random(device, rows * length, dtype=torch.float32) for _ in range(2))
+    ends = list(range(0, rows * length + 1, length))
+    cu = torch.tensor(ends, dtype=torch.int32, device=device)
+
+    def naive() -> Tensor:
+        found = torch.zeros_like(rewards)
+        for row in range(rows):
+            carried, after = rewards.new_zeros(()), rewards.new_zeros(())
+            for t in reversed(range(ends[row], ends[row + 1])):
+                carried = rewards[t] + 0.99 * after - values[t] + 0.99 * 0.95 * carried
+                after = values[t]
+                found[t] = carried
+        return found
+
+    def ours() -> tuple[Tensor, Tensor]:
+        return gae(rewards, values, cu, gamma=0.99, lam=0.95, cu_seqlens_list=ends)
+
+    forms: dict[str, Run] = {"ours": ours}
+    if device.type != "cuda":
+        forms["naive"] = naive
+    return Case("gae", f"{rows} x {length}", forms, 16.0 * rows * length, "GB/s")
+
+
+def _value(device: torch.device, tokens: int, width: int) -> Case:
+    inputs = [_random(device, tokens, width), _random(device, width) * width**-0.5]
+    old, returns = (_random(device, tokens, dtype=torch.float32) for _ in range(2))
+
+    def ours(hidden: Tensor, weight: Tensor) -> Sequence[Tensor]:
+        return [value_head_loss(hidden, weight, None, old, returns, clip=0.2).loss]
+
+    def plain(hidden: Tensor, weight: Tensor) -> Sequence[Tensor]:
+        values = hidden.float() @ weight.float()
+        near = old + (values - old).clamp(-0.2, 0.2)
+        return [0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2)]
+
+    named = _alternatives(device, ours, plain)
+    moved = tokens * width * inputs[0].element_size()
+    return Case(
+        "value_head", f"{tokens} x {width}", _forms(named, inputs), moved, "GB/s",
+        lambda: (ours(*inputs), plain(*inputs)),
+    )  # fmt: skip
+
+
+def _reward(device: torch.device, rows: int, length: int, width: int) -> list[Case]:
+    inputs = [_random(device, rows * length, width), _random(device, width), _random(device, width)]
+    last = torch.arange(length - 1, rows * length, length, device=device)
+    groups, ranks = torch.arange(rows, device=device) // 4, torch.arange(rows, device=device) % 4
+    scores = _random(device, rows, dtype=torch.float32)
+
+    def ours(hidden: Tensor, weight: Tensor, norm: Tensor) -> Sequence[Tensor]:
+        return [reward_head(hidden, last, weight, norm_weight_D=norm)]
+
+    def plain(hidden: Tensor, weight: Tensor, norm: Tensor) -> Sequence[Tensor]:
+        wide = hidden.float()
+        whole = wide * (wide.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.float()
+        return [(whole @ weight.float())[last]]
+
+    head = Case(
+        "reward_head", f"{rows} x {length} x {width}", _forms({"ours": ours, "naive": plain}, inputs),
+        2.0 * rows * width * inputs[0].element_size(), "GB/s", lambda: (ours(*inputs), plain(*inputs)),
+    )  # fmt: skip
+
+    def ranked(scores: Tensor) -> Sequence[Tensor]:
+        return ranking_loss(scores, groups, ranks)[:1]
+
+    return [head, Case("ranking_loss", f"{rows} rows of 4", _forms({"ours": ranked}, [scores]), 32.0 * rows, "GB/s")]
