@@ -130,9 +130,9 @@ def _reference_loss(network: ReferenceLlama, head: HeadKind, batch: Batch) -> tu
 
 
 @cache
-def reference(head: HeadKind = "lm", model: ModelConfig = MODEL, dtype: torch.dtype = torch.float32) -> Record:
-    """Five AdamW steps in one process, a row at a time."""
-    network = ReferenceLlama(model, head, dtype=dtype, state=initial_weights(model, head))
+def reference(head: HeadKind = "lm", model: ModelConfig = MODEL) -> Record:
+    """Five AdamW steps in one process, a row at a time, in fp64: fp32 would add rounding of its own (8e-7)."""
+    network = ReferenceLlama(model, head, dtype=torch.float64, state=initial_weights(model, head))
     decayed = [parameter for parameter in network.parameters() if parameter.dim() > 1]
     others = [parameter for parameter in network.parameters() if parameter.dim() == 1]
     adam = torch.optim.AdamW(
