@@ -197,6 +197,14 @@ def test_fluency_is_a_proper_end_and_no_repetition(clinic: Clinic, text: str, fi
     assert judge(clinic, case_of(clinic, "ask"), text, finished).fluency == expected
 
 
+def test_an_answer_that_breaks_off_is_not_safe(clinic: Clinic) -> None:
+    case = case_of(clinic, "advise")
+    whole = good(case, Random(0))
+    assert judge(clinic, case, whole).safety == 1
+    assert judge(clinic, case, whole[:-1]).safety == 0
+    assert judge(clinic, case, whole, finished=False).safety == 0
+
+
 def test_half_width_punctuation_of_a_normalising_tokenizer_is_judged_alike(clinic: Clinic) -> None:
     random = Random(1)
     for _ in range(40):

@@ -33,8 +33,8 @@ class DemoSizes:
     documents_per_condition: int = 60
     sft: int = 6000
     sft_validation: int = 100
-    preference: int = 1200
-    preference_validation: int = 150
+    preference: int = 2400
+    preference_validation: int = 200
     prompts: int = 1500
     cases: int = 200  # held-out patients for the judge
 
