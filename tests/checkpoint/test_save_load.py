@@ -175,6 +175,7 @@ def _async_failure(root: Path) -> tuple[str, list[str]]:
         writer.wait()
     dist.barrier()
     names = sorted(path.name for path in root.iterdir())
+    dist.barrier()  # the next save makes a folder of its own
     saving._write = original
     writer.save(3, {"model": model}, {})
     writer.wait()
