@@ -162,7 +162,7 @@ class _Memory:
     def cells(self, pointers: Any, mask: Any, size: int, what: str) -> Any:
         """Index of every active address; a fault where one is in no tensor."""
         shape = np.broadcast_shapes(np.shape(pointers), np.shape(mask))
-        active = np.broadcast_to(pointers, shape)[np.broadcast_to(mask, shape).astype(bool)].astype(np.int64)
+        active = np.broadcast_to(pointers, shape)[np.broadcast_to(mask, shape)].astype(np.int64)
         if not active.size:
             return active
         span = np.searchsorted(self.starts, active, side="right") - 1
@@ -203,6 +203,11 @@ def _size(pointers: Any) -> int:
     return max(1, pointers.get_element_ty().primitive_bitwidth // 8)
 
 
+def _as_bool(mask: Any) -> Any:
+    """A mask that is the product of a block and a scalar condition comes as integers; 3.9 refuses those."""
+    return mask if mask.data.dtype == np.bool_ else Handle(mask.data.astype(np.bool_), tl.int1)
+
+
 def _install_memory() -> None:
     executor = interpreter.GridExecutor
     plain_args, plain_load, plain_store = (
@@ -217,6 +222,7 @@ def _install_memory() -> None:
         return result
 
     def load(self: Any, pointers: Any, mask: Any, other: Any, *rest: Any, **kwargs: Any) -> Any:
+        mask = _as_bool(mask)
         memory = _Running.memory
         if memory is not None:
             memory.read(memory.cells(pointers.data, mask.data, _size(pointers), "load"), _program())
@@ -228,6 +234,7 @@ def _install_memory() -> None:
         return plain_load(self, pointers, mask, other, *rest, **kwargs)
 
     def store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **kwargs: Any) -> Any:
+        mask = _as_bool(mask)
         memory = _Running.memory
         if memory is not None:
             memory.write(memory.cells(pointers.data, mask.data, _size(pointers), "store"), _program())

@@ -1,0 +1,76 @@
+"""The runner of the lanes and the benchmark's own honesty."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import bench, check, shapes
+from kernels.check import Outcome
+
+CPU = torch.device("cpu")
+
+
+def test_a_lane_that_ran_nothing_is_red_unless_it_says_why() -> None:
+    assert Outcome("compile", 0, 0, 5, 1.0).red
+    assert not Outcome("gpu", 0, 0, 0, 0.0, "skipped: no CUDA device here").red
+    assert Outcome("mutation", 40, 1, 0, 1.0).red
+    assert not Outcome("mutation", 40, 0, 2, 1.0).red
+
+
+def test_table_has_one_line_a_lane() -> None:
+    text = check.table([Outcome("reference", 51, 0, 1, 12.3), Outcome("gpu", 0, 0, 0, 0.0, "skipped: no CUDA")])
+    assert [row.split()[0] for row in text.splitlines()] == ["lane", "reference", "gpu"]
+    assert "skipped: no CUDA" in text
+
+
+def test_gpu_lane_without_a_gpu_is_skipped_with_a_reason() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    (outcome,) = check.gpu()
+    assert "no CUDA" in outcome.note
+    assert not outcome.red
+
+
+def _gae_case() -> shapes.Case:
+    return next(case for case in shapes.cases(CPU) if case.op == "gae")
+
+
+def test_benchmark_refuses_to_time_an_op_whose_check_is_red(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = torch.ones(3)
+    wrong = replace(_gae_case(), verify=lambda: ([one * 1.5], [one]), forms={"ours": lambda: pytest.fail("timed")})
+    monkeypatch.setattr(shapes, "cases", lambda device: [wrong])
+    timings, _, red = bench.bench([], CPU, 1)
+    assert timings == []
+    assert red == ["gae"]
+    assert "RED, not timed" in capsys.readouterr().out
+
+
+def test_benchmark_checks_and_times_every_form_and_writes_json(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = [
+        shapes._norm(CPU, 8, 16),
+        shapes._logprob(CPU, 8, 32, 16),
+        shapes._attention(CPU, 1, 16, 2, 1, 8, packed=True),
+    ]
+    monkeypatch.setattr(shapes, "cases", lambda device: small)
+    out = tmp_path / "bench.json"
+    assert bench.main(["--device", "cpu", "--repeats", "1", "--out", str(out)]) == 0
+    record = json.loads(out.read_text(encoding="utf-8"))
+    forms = {(row["op"], row["form"]) for row in record["timings"]}
+    assert {("rms_norm", "ours both"), ("linear_logprob", "naive forward"), ("attention", "ours forward")} <= forms
+    assert all(row["milliseconds"] > 0 and row["percent"] is None for row in record["timings"])
+    assert "linear_logprob" in capsys.readouterr().out
+
+
+def test_every_op_has_a_case_in_the_benchmark() -> None:
+    timed = {case.op for case in shapes.cases(CPU)}
+    ops = {path.parent.name for path in Path(check.__file__).parent.glob("*/reference.py")}
+    assert ops <= timed
