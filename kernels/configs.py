@@ -87,6 +87,7 @@ TABLES: Mapping[str, Table] = {
             "128": _blocks(8, 2, BM=32, BN=64),
             "256": _blocks(8, 1, BM=32, BN=32),
             "fp32": _blocks(8, 1, BM=16, BN=32),
+            "64/fp32": _blocks(8, 1, BM=16, BN=16),
         },
         "attention_dq": {
             "64": _blocks(4, 2, BM=64, BN=32),
