@@ -26,7 +26,7 @@ from megatron_zj.evaluation.report import write_report
 RANKS = 2
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = DemoSizes()
-VOCAB_SIZE = 1536
+VOCAB_SIZE = 2048
 MINI_SIZES = DemoSizes(
     documents_per_condition=2, sft=80, sft_validation=6, preference=40, preference_validation=8, prompts=40, cases=8
 )
@@ -99,6 +99,8 @@ class Demo:
             "train",
             f"data.files=[{data / 'tokenizer.txt'}]",
             f"vocab_size={VOCAB_SIZE}",
+            "model_type=unigram",
+            "character_coverage=1.0",
             "special_tokens=['<human>','<bot>']",
             f"out={self.folder / 'tokenizer'}",
         )
@@ -129,7 +131,7 @@ class Demo:
             f"run.seed={self.seed}",
             f"run.device={self.device}",
             f"untrained={str(name == 'untrained').lower()}",
-            f"sampling.max_new_tokens={8 if self.miniature else 96}",
+            f"sampling.max_new_tokens={8 if self.miniature else 64}",
             "data.template=ziya",
         )
 

@@ -29,6 +29,7 @@ class EngineConfig:
     overlap_grad_reduce: bool = False  # reduce gradients while the backward pass still runs
     overlap_param_gather: bool = False  # needs distributed_optimizer and overlap_grad_reduce
     loss_scale: LossScaleConfig = LossScaleConfig()  # fp16 only
+    offload_idle: bool = False  # roles that share ranks: the idle ones' weights and optimizer state go to the host
     check_for_nan: bool = True  # stop on a NaN or Inf loss
 
     def __post_init__(self) -> None:

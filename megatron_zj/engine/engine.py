@@ -20,6 +20,7 @@ from megatron_zj.data.packing import PackedBatch
 from megatron_zj.engine import optimizer_state
 from megatron_zj.engine.microbatches import MicroBatches, rows_from_packs, scores_from_packs, split
 from megatron_zj.engine.objective import LossTerms, Metrics, Objective
+from megatron_zj.engine.offload import HostCopy
 from megatron_zj.engine.optimizer import Optimizer
 from megatron_zj.engine.totals import MicroBatchSums, NonFiniteError, Totals, require_finite, total
 from megatron_zj.parallel.groups import ParallelGroups, placement_world
@@ -57,6 +58,7 @@ class Engine:
             pp_size=groups.pp_size, vp_size=groups.vpp_size if groups.vpp_size > 1 else None
         )
         self._gathers_late = config.overlap_param_gather and optimizer is not None
+        self._host = HostCopy()
 
     @property
     def trainable(self) -> bool:
@@ -113,6 +115,7 @@ class Engine:
         """
         if self.optimizer is None:
             raise ValueError("this engine is frozen: it was built without an optimizer")
+        self.reload()
         micro = split(batch.to(self.device), self.groups, self.config.micro_batch_tokens)
         self._seed_dropout()
         for chunk in self._wrapped:
@@ -205,6 +208,7 @@ class Engine:
 
     def load_sharded_state(self, state: Mapping[str, Any]) -> None:
         """Take over what ``sharded_state(loading=True)`` asked for, filled in."""
+        self.reload()
         for index, chunk in enumerate(self.chunks):
             chunk.load_state_dict(state[_chunk_key(index, len(self.chunks))])
         if self.optimizer is None:
@@ -222,6 +226,7 @@ class Engine:
         Only with ``overlap_param_gather`` is there anything to do: an update then leaves each data-parallel rank
         with the part it owns, and the next forward pass gathers the rest.
         """
+        self.reload()
         if self._gathers_late:
             for chunk in self._wrapped:
                 chunk.start_param_sync(force_sync=True)
@@ -248,6 +253,22 @@ class Engine:
             scale = torch.tensor([saved["loss_scale"]["scale"]], dtype=torch.float32, device=self.device)
             counters = {name: int(value) for name, value in saved["loss_scale"].items() if name != "scale"}
             scaler.load_state_dict({"scale": scale, **counters})
+
+    def offload(self) -> None:
+        """Free the device memory of an idle engine: weights and optimizer state go to the host, gradients nowhere.
+
+        Any method that needs them brings them back first.  Weights that are still being gathered are waited for.
+        """
+        self.gather_weights()
+        buffers = [buffer for chunk in self._wrapped for buffer in chunk.buffers]
+        kept = [tensor for chunk in self.chunks for tensor in (*chunk.parameters(), *chunk.buffers())]
+        kept += [buffer.param_data for buffer in buffers if buffer.param_data is not None]
+        kept += self.optimizer.tensors() if self.optimizer is not None else []
+        self._host.free(kept, [buffer.grad_data for buffer in buffers])
+
+    def reload(self) -> None:
+        """Undo ``offload``."""
+        self._host.restore()
 
     # Helpers ----------------------------------------------------------------------------------------------------
 
@@ -278,6 +299,7 @@ class _Reading:
         self.engine = engine
 
     def __enter__(self) -> None:
+        self.engine.reload()
         for chunk in self.engine._wrapped if self.engine._gathers_late else ():
             chunk.disable_forward_pre_hook(param_sync=True)
         self.engine._train_mode(False)

@@ -68,6 +68,12 @@ class Optimizer:
         """Forget the gradients of the last step (the buffers are DDP's)."""
         self.chained.zero_grad(set_to_none=True)
 
+    def tensors(self) -> list[Tensor]:
+        """Everything it holds: main weights (or the model's own, in fp32) and moments."""
+        weights = [parameter for group in self.adam.param_groups for parameter in group["params"]]
+        moments = [value for state in self.adam.state.values() for value in state.values() if torch.is_tensor(value)]
+        return [*weights, *moments]
+
     def reload_main_weights(self) -> None:
         """Main (fp32) weights anew from the model's: call it after weights were written into the model."""
         self.chained.reload_model_params()

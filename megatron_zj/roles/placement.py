@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megatron_zj.config.parallel import ParallelConfig, PlacementConfig
+from megatron_zj.engine.engine import Engine
 from megatron_zj.parallel.grid import RankGrid
 from megatron_zj.parallel.groups import ParallelGroups, create_groups
 
@@ -18,6 +19,7 @@ class Placement:
         self.name = name
         self.grid = grid
         self.groups = groups
+        self.engines: list[Engine] = []  # of the roles that live here, on this rank
 
     @property
     def shards(self) -> list[tuple[int, ...]]:

@@ -31,14 +31,24 @@ class Role:
         self.placement = placement
         self.engine = engine
         self.exchange = exchange
+        if engine is not None:
+            placement.engines.append(engine)
+
+    def _ready(self) -> Engine | None:
+        """The engine, in device memory; under ``offload_idle`` its neighbours on this rank make room."""
+        if self.engine is not None and self.engine.config.offload_idle:
+            for neighbour in self.placement.engines:
+                if neighbour is not self.engine:
+                    neighbour.offload()
+        return self.engine
 
     def infer(self, want: Want, batch: WorldBatch, temperature: float = 1.0) -> Pending[Rows | Tensor]:
         """What the head gives, laid out as ``batch``: token-aligned Rows, or a [rows] tensor of scores."""
         shards = balance(batch.units(), batch.row_lengths, len(self.placement.shards))
         local = self._to_shards(batch, shards)
-        answer = None
-        if self.engine is not None and local is not None:
-            answer = self.engine.infer((want,), local, temperature=temperature)
+        answer, engine = None, self._ready()
+        if engine is not None and local is not None:
+            answer = engine.infer((want,), local, temperature=temperature)
         kind = FieldType(want, torch.float32, ragged=want != "scores")
         source: list[Sequence[int]] = [[] for _ in range(dist.get_world_size())]
         for rank, rows in zip(self.placement.answering_ranks, shards, strict=True):
@@ -60,7 +70,8 @@ class Role:
         """``sample`` on every shard's prompts; the samples go home in the order of the prompts."""
         shards = balance(prompts.units(), prompts.row_lengths, len(self.placement.shards))
         local = self._to_shards(prompts, shards)
-        samples = None if self.engine is None or local is None else sample(self.engine, local)
+        engine = self._ready()
+        samples = None if engine is None or local is None else sample(engine, local)
         return self._samples_home(samples, shards, prompts)
 
     def _to_shards(self, batch: WorldBatch, shards: Sequence[Sequence[int]]) -> Batch | None:
@@ -78,7 +89,8 @@ class Role:
     ) -> Pending[Metrics]:
         shards = balance(batch.units(row_ids), batch.row_lengths, len(self.placement.shards))
         local = self._to_shards(batch, shards)
-        metrics = None if self.engine is None or local is None else call(self.engine, local)
+        engine = self._ready()
+        metrics = None if engine is None or local is None else call(engine, local)
         return self._tell_everyone(metrics)
 
     def _tell_everyone(self, metrics: Metrics | None) -> Pending[Metrics]:

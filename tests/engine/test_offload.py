@@ -1,0 +1,58 @@
+"""An offloaded engine holds no device memory, and a run with offloading is the run without it, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from megatron_zj.config.optim import EngineConfig
+from megatron_zj.config.parallel import ParallelConfig
+from megatron_zj.engine.build import build_engine
+from megatron_zj.engine.engine import Engine
+from megatron_zj.parallel.grid import RankGrid
+from megatron_zj.parallel.groups import create_groups
+from tests.engine import training
+from tests.helpers.ranks import run_ranks
+
+PLAIN = EngineConfig(micro_batch_tokens=64)
+SHARDED = dataclasses.replace(PLAIN, distributed_optimizer=True)
+LATE = dataclasses.replace(SHARDED, overlap_grad_reduce=True, overlap_param_gather=True)
+
+
+def _train(engine_config: EngineConfig, offload: bool) -> tuple[list[dict[str, float]], int, int]:
+    """Three updates, offloaded between them or not: metrics, bytes held in memory, bytes held while offloaded."""
+    groups = create_groups({"all": RankGrid.from_config(ParallelConfig(), 0, 2)}, {"all": ParallelConfig()}, 60)["all"]
+    assert groups is not None
+    engine = build_engine(training.MODEL, "lm", groups, engine_config, training.OPTIM, 8, training.HOST, training.SEED)
+    before, during, history = 0, 0, []
+    for step in range(3):
+        batch = training.global_batch(step)
+        rows = range(groups.dp_rank * 4, groups.dp_rank * 4 + 4)
+        history.append(engine.update(training.Squares("lm"), batch.select(rows)))
+        before = _held(engine)
+        if offload:
+            engine.offload()
+            engine.offload()  # twice is once
+            during = _held(engine)
+            engine.infer(("logprobs",), batch.select(rows))  # comes back by itself
+            assert _held(engine) == before
+            engine.offload()
+    return history, before, during
+
+
+def _held(engine: Engine) -> int:
+    """Bytes of weights, gradients and optimizer state."""
+    assert engine.optimizer is not None
+    tensors = [*engine.chunks[0].parameters(), *engine.optimizer.tensors()]
+    tensors += [buffer.grad_data for chunk in engine._wrapped for buffer in chunk.buffers]
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize("engine", [PLAIN, SHARDED, LATE], ids=["plain", "distributed optimizer", "gathered late"])
+def test_an_offloaded_engine_holds_no_memory_and_trains_the_same_bits(engine: EngineConfig) -> None:
+    plain = run_ranks(2, _train, engine, False)
+    for rank, (history, before, during) in enumerate(run_ranks(2, _train, engine, True)):
+        assert before > 50_000
+        assert during == 0
+        assert history == plain[rank][0]
