@@ -1,7 +1,8 @@
 """Proximal policy optimization over four roles: actor, critic, reference, reward.
 
 A step is ``collect`` (sample, score, estimate advantages; no gradients) and ``learn`` (several passes of clipped
-updates over what was collected).  Read those two; the rest is the two objectives they use and what is reported.
+updates over what was collected).  Read those two.  Their parts: ``functional`` the formulas, ``objectives`` the two
+losses, ``shaping`` what becomes of a score, ``controllers`` the KL coefficient, ``experience`` prompts and reports.
 
 Sources: the clipped surrogate, Schulman et al. 2017; advantages, Schulman et al. 2016; the KL term in the reward,
 Ziegler et al. 2019 and Ouyang et al. 2022.
@@ -12,29 +13,37 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from megatron_zj.algorithms.controllers import KLController
+from megatron_zj.algorithms.experience import (
+    as_rows,
+    as_tensor,
+    averages,
+    describe_policy,
+    describe_samples,
+    measure_parity,
+    minibatches,
+    next_prompts,
+    prefixed,
+    require_parity,
+)
 from megatron_zj.algorithms.functional import (
-    approx_kl,
-    clipped_policy_loss,
-    clipped_value_loss,
+    aggregation_fields,
     masked_sums,
     mean_and_deviation,
     response_advantages,
     shape_rewards,
     whiten,
 )
+from megatron_zj.algorithms.health import Health
+from megatron_zj.algorithms.objectives import PolicyObjective, ValueObjective
+from megatron_zj.algorithms.shaping import Shaping
 from megatron_zj.config.algorithm import PPOConfig
-from megatron_zj.config.model import Want
-from megatron_zj.data.batch import Batch, Rows
-from megatron_zj.data.packing import PackedBatch
+from megatron_zj.data.batch import Rows
 from megatron_zj.data.stream import Stream
-from megatron_zj.engine.objective import LossTerms, Metrics
+from megatron_zj.engine.objective import Metrics
 from megatron_zj.roles.role import Role
-from megatron_zj.roles.world import World, WorldBatch, world_max, world_sum
+from megatron_zj.roles.world import World, WorldBatch, world_sum
 from megatron_zj.rollout.generate import Rollout
-from megatron_zj.runtime.seed import keyed_generator
 from megatron_zj.runtime.timers import Timers
 
 
@@ -46,14 +55,6 @@ class PPORoles:
     critic: Role
     reference: Role
     reward: Role
-
-
-@dataclass(frozen=True)
-class ScoreScale:
-    """Mean and deviation of the reward model's scores, as its own validation found them."""
-
-    mean: float = 0.0
-    deviation: float = 1.0
 
 
 class PPO:
@@ -68,12 +69,13 @@ class PPO:
         world: World,
         seed: int,
         timers: Timers,
-        scale: ScoreScale,
+        shaping: Shaping,
     ) -> None:
         self.config, self.models, self.prompts, self.rollout = config, roles, prompts, rollout
-        self.world, self.seed, self.timers, self.scale = world, seed, timers, scale
-        self.policy_objective = PolicyObjective(config.clip_ratio, rollout.temperature, config.entropy_coef)
-        self.value_objective = ValueObjective(config.clip_value)
+        self.world, self.seed, self.timers, self.shaping = world, seed, timers, shaping
+        adaptive = config.kl_controller == "adaptive"
+        self.kl = KLController(config.kl_coef, config.kl_target if adaptive else None, config.kl_horizon)
+        self.health = Health(config.health, config.kl_target, speaks=world.rank == 0)
         self.num_steps_done = 0
 
     @property
@@ -84,169 +86,102 @@ class PPO:
     def step(self) -> Metrics:
         """One iteration: collect, then learn."""
         with self.timers("collect"):
-            samples, collected = self.collect()
+            samples, metrics = self.collect()
         with self.timers("learn"):
-            learned = self.learn(samples)
+            metrics |= self.learn(samples)
         self.num_steps_done += 1
-        return collected | learned
+        self.kl.update(metrics["kl"], samples.num_rows)
+        return metrics | self.health(self.num_steps_done, metrics)
 
     def collect(self) -> tuple[WorldBatch, Metrics]:
         """Sample responses from the current policy, score them, estimate advantages."""
         config, models, temperature = self.config, self.models, self.rollout.temperature
         with self.timers("generate"):
-            samples = models.actor.generate(self.rollout.at_step(self.num_steps_done), self._next_prompts())
-        logprobs = models.actor.infer("logprobs", samples, temperature)
+            prompts = next_prompts(self.prompts, config, self.world)
+            samples = models.actor.generate(self.rollout.at_step(self.num_steps_done), prompts)
+        logprobs = models.actor.infer("logprobs", samples, temperature) if config.recompute_logprobs else None
         ref_logprobs = models.reference.infer("logprobs", samples, temperature)
         values = models.critic.infer("values", samples)
         raw_scores = models.reward.infer("scores", samples)
 
-        mask, old, ref = samples.local.per_token["response_mask"], _rows(logprobs.wait()), _rows(ref_logprobs.wait())
-        scores = self._scale(_tensor(raw_scores.wait()), samples.local)
-        rewards = shape_rewards(scores, old, ref, mask, config.kl_coef)
-        estimates = response_advantages(rewards, _rows(values.wait()), mask, config.gamma, config.lam)
-        moments = mean_and_deviation(world_sum(masked_sums(estimates[0].values, mask.values)))
-        advantages = estimates[0].replace(whiten(estimates[0].values, mask.values, *moments))
+        local, mask = samples.local, samples.local.per_token["response_mask"]
+        old = as_rows(logprobs.wait()) if logprobs else local.per_token["sampling_logprobs"]
+        metrics = self._check_parity(samples, old) if logprobs else {}
+        ref, old_values = as_rows(ref_logprobs.wait()), as_rows(values.wait())
+        raw = as_tensor(raw_scores.wait())
+        scores = self.shaping(raw, local)
+        in_reward = self.kl.coef if config.kl_in == "reward" else 0.0
+        rewards = shape_rewards(scores, old, ref, mask, in_reward, config.kl_estimator)
+        advantages, returns = response_advantages(rewards, old_values, mask, config.gamma, config.lam)
         trajectories = samples.with_fields(
-            {"old_logprobs": old, "old_values": _rows(values.wait()), "advantages": advantages, "returns": estimates[1]}
+            {
+                "old_logprobs": old,
+                "ref_logprobs": ref,
+                "old_values": old_values,
+                "advantages": self._whitened(advantages, mask),
+                "returns": returns,
+                **aggregation_fields(mask, config.aggregation),
+            }
         )
-        return trajectories, self._report(trajectories.local, ref, _tensor(raw_scores.wait()), scores)
+        metrics |= describe_samples(local, raw, scores) | describe_policy(local, old, ref)
+        metrics |= self._judge_critic(returns, old_values, mask)
+        return trajectories, metrics | {"kl_coef": self.kl.coef}
 
     def learn(self, trajectories: WorldBatch) -> Metrics:
         """Several passes over the trajectories in fresh orders; metrics are means over the updates."""
-        config, updates = self.config, []
-        for epoch in range(config.epochs):
-            generator = keyed_generator(self.seed, "minibatches", self.num_steps_done, epoch)
-            order = torch.randperm(trajectories.num_rows, generator=generator)
-            for row_ids in torch.split(order, config.minibatch_size):
-                critic = self.models.critic.update(self.value_objective, trajectories, row_ids.tolist())
-                actor = self.models.actor.update(self.policy_objective, trajectories, row_ids.tolist())
-                updates.append(_prefixed("critic/", critic.wait()) | _prefixed("actor/", actor.wait()))
-        return {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+        config, step = self.config, self.num_steps_done
+        in_loss = self.kl.coef if config.kl_in == "loss" else 0.0
+        policy_objective = PolicyObjective.of(config, self.rollout.temperature, in_loss)
+        value_objective = ValueObjective(config.clip_value)
+        actor_learns = step >= config.critic_warmup_steps
+        updates: list[Metrics] = []
+        first: Metrics = {}
+        for row_ids in minibatches(trajectories.num_rows, config.minibatch_size, config.epochs, self.seed, step):
+            critic = self.models.critic.update(value_objective, trajectories, row_ids)
+            actor = self.models.actor.update(policy_objective, trajectories, row_ids) if actor_learns else None
+            updates.append(prefixed("critic/", critic.wait()))
+            if actor is None:
+                continue
+            found = actor.wait()
+            first = first or {"actor/first_ratio_off": found["ratio_off"]}
+            updates[-1] |= prefixed("actor/", found)
+            if config.early_stop_kl is not None and found["approx_kl"] > config.early_stop_kl:
+                actor_learns = False
+        return averages(updates) | first
 
-    def _next_prompts(self) -> WorldBatch:
-        """The next prompts, each ``samples_per_prompt`` times, with a sample id that no layout changes."""
-        copies = self.config.samples_per_prompt
-        local = self.prompts.next(self.config.prompts_per_step, self.world.rank, self.world.size)
-        repeated = local.select([row for row in range(local.num_rows) for _ in range(copies)])
-        copy = torch.arange(repeated.num_rows) % copies
-        return WorldBatch.gather(
-            repeated.with_fields(per_row={"sample_id": repeated.per_row["sample_id"] * copies + copy})
-        )
+    def _check_parity(self, samples: WorldBatch, logprobs: Rows) -> Metrics:
+        """Rollout and training must agree about the policy."""
+        parity = measure_parity(samples.local, logprobs)
+        require_parity(parity, self.config.parity)
+        return parity
 
-    def _scale(self, scores_R: Tensor, local: Batch) -> Tensor:
-        scale = self.scale if self.config.whiten_scores else ScoreScale()
-        penalty = self.config.missing_eos_penalty * local.per_row["truncated"].to(scores_R.dtype)
-        return (scores_R - scale.mean) / max(scale.deviation, 1e-6) - penalty
+    def _whitened(self, advantages: Rows, mask: Rows) -> Rows:
+        """Mean 0 and deviation 1 over the response tokens of the world."""
+        if not self.config.whiten_advantages:
+            return advantages
+        moments = mean_and_deviation(world_sum(masked_sums(advantages.values, mask.values)))
+        return advantages.replace(whiten(advantages.values, mask.values, *moments))
 
-    def _report(self, local: Batch, ref: Rows, raw_scores_R: Tensor, scores_R: Tensor) -> Metrics:
-        """What a person watches, over the whole world's samples."""
-        mask_T = local.per_token["response_mask"].values.bool()
-        old_T, returns_T = local.per_token["old_logprobs"].values, local.per_token["returns"].values
-        error_T = returns_T - local.per_token["old_values"].values
-        drift_T = (old_T - local.per_token["sampling_logprobs"].values).abs() * mask_T
-        sums = world_sum(
-            torch.stack(
-                [
-                    torch.tensor(float(local.num_rows), dtype=torch.float64),
-                    mask_T.double().sum(),
-                    raw_scores_R.double().sum(),
-                    scores_R.double().sum(),
-                    ((old_T - ref.values) * mask_T).double().sum(),
-                    local.per_row["truncated"].double().sum(),
-                    drift_T.double().sum(),
-                ]
-            )
-        )
-        rows, tokens, raw, scaled, kl, truncated, drift = (float(value) for value in sums)
-        _, error_deviation = mean_and_deviation(world_sum(masked_sums(error_T, mask_T)))
-        _, return_deviation = mean_and_deviation(world_sum(masked_sums(returns_T, mask_T)))
-        return {
-            "score": raw / rows,
-            "score_scaled": scaled / rows,
-            "kl": kl / rows,
-            "kl_per_token": kl / max(tokens, 1.0),
-            "response_length": tokens / rows,
-            "truncated": truncated / rows,
-            "explained_variance": 1.0 - (error_deviation / max(return_deviation, 1e-8)) ** 2,
-            "parity/mean": drift / max(tokens, 1.0),
-            "parity/max": world_max(float(drift_T.max()) if len(drift_T) else 0.0),
-            "tokens": float(tokens),
-        }
+    def _judge_critic(self, returns: Rows, values: Rows, mask: Rows) -> Metrics:
+        """Share of the returns' variance that the values explain: 1 at best, 0 for a constant."""
+        _, error = mean_and_deviation(world_sum(masked_sums(returns.values - values.values, mask.values)))
+        _, whole = mean_and_deviation(world_sum(masked_sums(returns.values, mask.values)))
+        return {"explained_variance": 1.0 - (error / max(whole, 1e-8)) ** 2}
 
     def state_dict(self) -> dict[str, Any]:
-        """Iterations done and the place in the prompts; samples are keyed by both, so there is no other randomness."""
-        return {"num_steps_done": self.num_steps_done, "prompts": self.prompts.state_dict(), "scale": vars(self.scale)}
+        """Everything but the models.  Samples are keyed by the step and their id, so no other randomness is left."""
+        return {
+            "num_steps_done": self.num_steps_done,
+            "prompts": self.prompts.state_dict(),
+            "shaping": self.shaping.state_dict(),
+            "kl": self.kl.state_dict(),
+            "health": self.health.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undo ``state_dict``."""
         self.num_steps_done = state["num_steps_done"]
         self.prompts.load_state_dict(state["prompts"])
-        self.scale = ScoreScale(**state["scale"])
-
-
-@dataclass(frozen=True)
-class PolicyObjective:
-    """The clipped surrogate over response tokens, minus an optional entropy bonus."""
-
-    clip_ratio: float
-    temperature: float  # the rollout's: the policy is what was sampled from
-    entropy_coef: float = 0.0
-
-    @property
-    def wants(self) -> tuple[Want, ...]:
-        """Entropy costs a pass over the vocabulary, so it is asked for only when it is used."""
-        return ("logprobs", "entropy") if self.entropy_coef else ("logprobs",)
-
-    def weight(self, batch: PackedBatch) -> Tensor:
-        """Response tokens."""
-        return (batch.per_token["response_mask"] * batch.targets).sum()
-
-    def __call__(self, outputs: dict[str, Tensor], batch: PackedBatch) -> LossTerms:
-        mask_T = batch.per_token["response_mask"] * batch.targets
-        log_ratio_T = (outputs["logprobs"] - batch.per_token["old_logprobs"]) * mask_T
-        loss_T, clipped_T = clipped_policy_loss(log_ratio_T, batch.per_token["advantages"], self.clip_ratio)
-        metrics = {
-            "approx_kl": (approx_kl(log_ratio_T.detach()) * mask_T).sum(),
-            "clip_fraction": (clipped_T * mask_T).sum(),
-        }
-        loss = (loss_T * mask_T).sum()
-        if self.entropy_coef:
-            metrics["entropy"] = (outputs["entropy"].detach() * mask_T).sum()
-            loss = loss - self.entropy_coef * (outputs["entropy"] * mask_T).sum()
-        return LossTerms(loss, metrics)
-
-
-@dataclass(frozen=True)
-class ValueObjective:
-    """The clipped squared error of the value before each response token."""
-
-    clip_value: float
-    wants: tuple[Want, ...] = ("values",)
-    temperature: float = 1.0  # no logits here
-
-    def weight(self, batch: PackedBatch) -> Tensor:
-        """Response tokens."""
-        return (batch.per_token["response_mask"] * batch.targets).sum()
-
-    def __call__(self, outputs: dict[str, Tensor], batch: PackedBatch) -> LossTerms:
-        mask_T = batch.per_token["response_mask"] * batch.targets
-        loss_T, clipped_T = clipped_value_loss(
-            outputs["values"], batch.per_token["old_values"], batch.per_token["returns"], self.clip_value
-        )
-        return LossTerms((loss_T * mask_T).sum(), {"clip_fraction": (clipped_T * mask_T).sum()})
-
-
-def _prefixed(prefix: str, metrics: Metrics) -> Metrics:
-    return {prefix + name: value for name, value in metrics.items()}
-
-
-def _rows(answer: Rows | Tensor) -> Rows:
-    if not isinstance(answer, Rows):
-        raise TypeError("expected a value a token")
-    return answer
-
-
-def _tensor(answer: Rows | Tensor) -> Tensor:
-    if isinstance(answer, Rows):
-        raise TypeError("expected a value a row")
-    return answer
+        self.shaping.load_state_dict(state["shaping"])
+        self.kl.load_state_dict(state["kl"])
+        self.health.load_state_dict(state["health"])

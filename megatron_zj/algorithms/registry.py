@@ -1,36 +1,52 @@
-"""Which algorithm a ``kind`` names, which models it has, and the head each of them ends in."""
+"""Which algorithm a ``kind`` builds.  The models it has stand on its configuration (``role_kinds``)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
-from megatron_zj.algorithms.ppo import PPO, PPORoles, ScoreScale
+from megatron_zj.algorithms.ppo import PPO, PPORoles
 from megatron_zj.algorithms.pretrain import NextToken
 from megatron_zj.algorithms.reward import RankedGroups
+from megatron_zj.algorithms.shaping import Decode, ScoreScale, Shaping
 from megatron_zj.algorithms.supervised import Supervised, SupervisedObjective
 from megatron_zj.config.algorithm import (
     AlgorithmConfig,
+    OnPolicyConfig,
     PPOConfig,
     PretrainConfig,
     RewardConfig,
     SamplingConfig,
     SFTConfig,
 )
-from megatron_zj.config.model import HeadKind
 from megatron_zj.data.stream import Stream
+from megatron_zj.engine.objective import Metrics
 from megatron_zj.roles.role import Role
 from megatron_zj.roles.world import World
 from megatron_zj.rollout.generate import Rollout
 from megatron_zj.runtime.timers import Timers
 
+C = TypeVar("C", bound=AlgorithmConfig)
 
-@dataclass(frozen=True)
-class RoleKind:
-    """A model of an algorithm: its head, and whether it learns."""
 
-    head: HeadKind
-    trains: bool = True
+class Algorithm(Protocol):
+    """What every algorithm is.  One that can be validated has ``evaluate() -> Metrics`` too."""
+
+    num_steps_done: int
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        """Every model of the algorithm, by name."""
+
+    def step(self) -> Metrics:
+        """One step; what it measured."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All state but the models', as JSON types and tensors; the same on every rank."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo ``state_dict``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,66 +61,50 @@ class Parts:
     seed: int
     timers: Timers
     score_scale: ScoreScale
+    decode: Decode  # token ids to text
+
+    def shaping(self, config: OnPolicyConfig) -> Shaping:
+        """What becomes of a score."""
+        return Shaping(config, self.score_scale, self.decode)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How to make one kind of algorithm."""
-
-    roles: Mapping[str, RoleKind]
-    build: Callable[[AlgorithmConfig, Parts], Supervised | PPO]
-    updates_per_step: Callable[[AlgorithmConfig], int]  # optimizer steps an algorithm step
+Builder = Callable[[AlgorithmConfig, Parts], Algorithm]
 
 
-def _supervised(objective: Callable[[AlgorithmConfig], SupervisedObjective], head: HeadKind) -> Recipe:
-    def build(config: AlgorithmConfig, parts: Parts) -> Supervised:
-        if isinstance(config, PPOConfig):
-            raise TypeError("PPO is not a supervised algorithm")
-        return Supervised(
-            parts.roles["model"],
-            objective(config),
-            parts.stream,
-            config.global_batch_size,
-            parts.world,
-            parts.timers,
-            parts.validation,
-        )
+def _for(kind: type[C], build: Callable[[C, Parts], Algorithm]) -> Builder:
+    """``build`` for configurations of its own kind only."""
 
-    return Recipe({"model": RoleKind(head)}, build, lambda config: 1)
+    def checked(config: AlgorithmConfig, parts: Parts) -> Algorithm:
+        if not isinstance(config, kind):
+            raise TypeError(f"expected a {kind.__name__}, got {type(config).__name__}")
+        return build(config, parts)
+
+    return checked
 
 
-def _ranked_groups(config: AlgorithmConfig) -> RankedGroups:
-    if not isinstance(config, RewardConfig):
-        raise TypeError(f"expected a reward configuration, got {config.kind}")
-    return RankedGroups(config.centering)
+def _supervised(config: PretrainConfig | SFTConfig | RewardConfig, parts: Parts) -> Supervised:
+    objective: SupervisedObjective = NextToken()
+    if isinstance(config, RewardConfig):
+        objective = RankedGroups(config.centering)
+    return Supervised(
+        parts.roles["model"],
+        objective,
+        parts.stream,
+        config.global_batch_size,
+        parts.world,
+        parts.timers,
+        parts.validation,
+    )
 
 
-def _build_ppo(config: AlgorithmConfig, parts: Parts) -> PPO:
-    if not isinstance(config, PPOConfig):
-        raise TypeError(f"expected a PPO configuration, got {config.kind}")
-    rollout = parts.rollout(config.sampling)
-    roles = PPORoles(**parts.roles)
-    return PPO(config, roles, parts.stream, rollout, parts.world, parts.seed, parts.timers, parts.score_scale)
+def _ppo(config: PPOConfig, parts: Parts) -> PPO:
+    roles, rollout, shaping = PPORoles(**parts.roles), parts.rollout(config.sampling), parts.shaping(config)
+    return PPO(config, roles, parts.stream, rollout, parts.world, parts.seed, parts.timers, shaping)
 
 
-def _ppo_updates(config: AlgorithmConfig) -> int:
-    if not isinstance(config, PPOConfig):
-        raise TypeError(f"expected a PPO configuration, got {config.kind}")
-    return config.epochs * config.prompts_per_step * config.samples_per_prompt // config.minibatch_size
-
-
-RECIPES: dict[str, Recipe] = {
-    PretrainConfig.kind: _supervised(lambda config: NextToken(), "lm"),
-    SFTConfig.kind: _supervised(lambda config: NextToken(), "lm"),
-    RewardConfig.kind: _supervised(_ranked_groups, "score"),
-    PPOConfig.kind: Recipe(
-        {
-            "actor": RoleKind("lm"),
-            "critic": RoleKind("value"),
-            "reference": RoleKind("lm", trains=False),
-            "reward": RoleKind("score", trains=False),
-        },
-        _build_ppo,
-        _ppo_updates,
-    ),
+BUILDERS: dict[str, Builder] = {
+    PretrainConfig.kind: _for(PretrainConfig, _supervised),
+    SFTConfig.kind: _for(SFTConfig, _supervised),
+    RewardConfig.kind: _for(RewardConfig, _supervised),
+    PPOConfig.kind: _for(PPOConfig, _ppo),
 }

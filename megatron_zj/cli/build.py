@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_zj.algorithms.ppo import PPO, ScoreScale
-from megatron_zj.algorithms.registry import RECIPES, Parts, Recipe
-from megatron_zj.algorithms.supervised import Supervised
+from megatron_zj.algorithms.registry import BUILDERS, Algorithm, Parts
+from megatron_zj.algorithms.shaping import ScoreScale
 from megatron_zj.checkpoint.load import load, newest
 from megatron_zj.checkpoint.manifest import ManifestInfo
 from megatron_zj.checkpoint.save import Checkpointer
-from megatron_zj.config.algorithm import PPOConfig, RoleConfig, SamplingConfig
+from megatron_zj.config import derived
+from megatron_zj.config.algorithm import SamplingConfig
 from megatron_zj.config.loader import ConfigError, to_dict
 from megatron_zj.config.run import RunConfig
 from megatron_zj.data.stream import build_stream
@@ -33,7 +32,7 @@ from megatron_zj.runtime.distributed import Process
 from megatron_zj.runtime.log import progress_bar
 from megatron_zj.runtime.metrics import MetricsLog
 from megatron_zj.runtime.timers import Timers
-from megatron_zj.train.callbacks import Measure, Report, Save, Validate
+from megatron_zj.train.callbacks import Evaluates, Measure, Report, Save, Validate
 from megatron_zj.train.loop import Callback
 
 logger = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 FLO
 class Run:
     """What the training loop needs."""
 
-    algorithm: Supervised | PPO
+    algorithm: Algorithm
     callbacks: list[Callback]
     timers: Timers
 
@@ -53,10 +52,9 @@ class Run:
 def build_run(config: RunConfig, process: Process) -> Run:
     """Everything, with weights loaded: a resumed run's own, or the previous stage's, or fresh ones."""
     timers = Timers(process.device, process.activity)
-    recipe = RECIPES[config.algorithm.kind]
     with process.activity.doing("build"):
         tokenizer = checked_tokenizer(config)
-        roles = build_roles(config, recipe, process)
+        roles = build_roles(config, process)
         engines = {name: role.engine for name, role in roles.items()}
         root = config.run.dir / CHECKPOINTS
         resumed = None if config.checkpoint.resume == "never" else newest(root)
@@ -66,7 +64,7 @@ def build_run(config: RunConfig, process: Process) -> Run:
         if resumed is None:
             scale = load_starting_weights(config, engines, tokenizer.fingerprint())
         parts = build_parts(config, roles, tokenizer, timers, scale)
-        algorithm = recipe.build(config.algorithm, parts)
+        algorithm = BUILDERS[config.algorithm.kind](config.algorithm, parts)
         if resumed is not None:
             logger.info("resuming from %s", resumed)
             algorithm.load_state_dict(load(resumed, engines, tokenizer=tokenizer.fingerprint()))
@@ -87,9 +85,9 @@ def checked_tokenizer(config: RunConfig) -> Tokenizer:
     return tokenizer
 
 
-def build_roles(config: RunConfig, recipe: Recipe, process: Process) -> dict[str, Role]:
+def build_roles(config: RunConfig, process: Process) -> dict[str, Role]:
     """Every model of the algorithm on its placement.  Collective over the world."""
-    settings = {name: role_config(config, name) for name in recipe.roles}
+    settings = derived.roles(config)
     placements = build_placements(
         config.parallel,
         config.placements,
@@ -98,9 +96,9 @@ def build_roles(config: RunConfig, recipe: Recipe, process: Process) -> dict[str
         config.run.timeout_seconds,
     )
     exchange = Exchange()
-    updates = config.run.num_steps * recipe.updates_per_step(config.algorithm)
+    updates = derived.optimizer_steps(config)
     roles = {}
-    for name, kind in recipe.roles.items():
+    for name, kind in config.algorithm.role_kinds.items():
         placement = placements[settings[name].placement]
         engine = None
         if placement.groups is not None:
@@ -118,23 +116,15 @@ def build_roles(config: RunConfig, recipe: Recipe, process: Process) -> dict[str
     return roles
 
 
-def role_config(config: RunConfig, name: str) -> RoleConfig:
-    """The settings of one role; the algorithms' fields bear the roles' names."""
-    found = getattr(config.algorithm, name)
-    if not isinstance(found, RoleConfig):
-        raise TypeError(f"algorithm.{name} is not a role")
-    return found
-
-
 def load_starting_weights(config: RunConfig, engines: Mapping[str, Engine | None], fingerprint: str) -> ScoreScale:
     """Weights of earlier stages, role by role; returns the scale of the reward model's scores, where there is one."""
     scale = ScoreScale()
     for name, engine in engines.items():
-        role = role_config(config, name)
-        path = starting_point(config, name)
+        role = derived.roles(config)[name]
+        path = derived.starting_point(config, name)
         if path is None:
-            if config.algorithm.kind == "ppo":
-                raise ConfigError([f"algorithm.{name}.load: PPO needs weights for its {name}; give a checkpoint"])
+            if config.algorithm.role_kinds[name].needs_weights:
+                raise ConfigError([f"algorithm.{name}.load: the {name} needs weights; give a checkpoint"])
             continue
         folder = newest(path)
         if folder is None:
@@ -155,16 +145,6 @@ def _score_scale(reward_run: Mapping[str, Any]) -> ScoreScale:
     return ScoreScale(found["score_mean"], found["score_deviation"])
 
 
-def starting_point(config: RunConfig, name: str) -> Path | None:
-    """Where a role's first weights are: its own ``load``, or what the algorithm's documentation says."""
-    own = role_config(config, name).load
-    if own is not None or not isinstance(config.algorithm, PPOConfig):
-        return own or config.checkpoint.load
-    if name == "critic":
-        return config.algorithm.reward.load
-    return None if name == "reward" else config.checkpoint.load
-
-
 def build_parts(
     config: RunConfig, roles: Mapping[str, Role], tokenizer: Tokenizer, timers: Timers, scale: ScoreScale
 ) -> Parts:
@@ -182,13 +162,14 @@ def build_parts(
         seed=config.run.seed,
         timers=timers,
         score_scale=scale,
+        decode=lambda ids: tokenizer.decode(list(ids)),
     )
 
 
 def build_callbacks(
     config: RunConfig,
     process: Process,
-    algorithm: Supervised | PPO,
+    algorithm: Algorithm,
     checkpointer: Checkpointer,
     engines: Mapping[str, Engine | None],
     timers: Timers,
@@ -196,7 +177,7 @@ def build_callbacks(
     """In the order they run: validation, speed, report, checkpoints."""
     settings = config.run
     callbacks: list[Callback] = []
-    if isinstance(algorithm, Supervised):
+    if isinstance(algorithm, Evaluates):
         callbacks.append(Validate(algorithm, settings.eval_every, settings.num_steps, timers))
     log = MetricsLog(settings.dir, settings.tensorboard, settings.wandb_project, process.rank)
     bar = progress_bar(process, settings.num_steps, algorithm.num_steps_done, config.algorithm.kind)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_zj.cli.compose import compose_run, frozen_text, load_frozen
 from megatron_zj.cli.main import entry
-from megatron_zj.config.algorithm import PPOConfig
+from megatron_zj.config.algorithm import OnPolicyConfig
 from megatron_zj.config.checks import Finding, check, missing_inputs
 from megatron_zj.config.data import CorpusConfig
 from megatron_zj.config.derived import (
@@ -22,6 +22,7 @@ from megatron_zj.config.derived import (
     placements,
     roles,
     rows_per_update,
+    sampling_of,
 )
 from megatron_zj.config.run import RunConfig
 from megatron_zj.models.flops import memory_estimate, parameters
@@ -115,19 +116,23 @@ def _ranks(group: tuple[int, ...]) -> str:
 def _batch(config: RunConfig, block: Block) -> list[str]:
     key, units = rows_per_update(config)
     longest = longest_row(config)
-    what = {"pretrain": "rows", "sft": "dialogues", "reward": "ranked prompts", "ppo": "samples"}[config.algorithm.kind]
+    ranked = config.data.kind == "preference"
+    what = {"corpus": "rows", "chat": "dialogues", "preference": "ranked prompts", "prompts": "samples"}[
+        config.algorithm.data_kind
+    ]
     exactly = "" if isinstance(config.data, CorpusConfig) else "at most "
     share = f"{units / block.dp:g}" if units % block.dp else f"{units // block.dp}"
-    tokens = "" if config.algorithm.kind == "reward" else f", {exactly}{units * longest:,} tokens"
+    tokens = "" if ranked else f", {exactly}{units * longest:,} tokens"
     lines = [
         f"  step     {key} = {units} {what} over dp {block.dp} = {share} a rank{tokens}; a row is {exactly}{longest} "
         f"tokens, a micro-batch {config.engine.micro_batch_tokens:,}"
     ]
-    if isinstance(config.algorithm, PPOConfig):
-        rows = config.algorithm.prompts_per_step * config.algorithm.samples_per_prompt
+    algorithm = config.algorithm
+    if isinstance(algorithm, OnPolicyConfig) and sampling_of(config) is not None:
         lines.append(
-            f"  rollout  {config.algorithm.prompts_per_step} prompts x {config.algorithm.samples_per_prompt} = {rows} "
-            f"samples, {config.algorithm.epochs} x {rows // config.algorithm.minibatch_size} updates"
+            f"  rollout  {algorithm.prompts_per_step} prompts x {algorithm.samples_per_prompt} = "
+            f"{algorithm.num_samples} samples, {algorithm.epochs} x {algorithm.updates_per_step // algorithm.epochs} "
+            "updates"
         )
     return lines
 
@@ -142,7 +147,7 @@ def _memory(config: RunConfig, block: Block) -> list[str]:
         kept += one.weights + one.gradients + one.optimizer
         working.append(one.activations)
         lines.append(f"  memory   {name}: {one.describe()}")
-    if isinstance(config.algorithm, PPOConfig) and "actor" in block.roles:
+    if isinstance(config.algorithm, OnPolicyConfig) and sampling_of(config) is not None and "actor" in block.roles:
         working.append(_cache_bytes(config, config.algorithm, block))
         lines.append(f"  memory   actor's key/value cache in rollouts: {working[-1] / _GIB:.2f} GiB")
     if len(lines) > 1:
@@ -152,14 +157,14 @@ def _memory(config: RunConfig, block: Block) -> list[str]:
     return lines
 
 
-def _cache_bytes(config: RunConfig, algorithm: PPOConfig, block: Block) -> int:
+def _cache_bytes(config: RunConfig, algorithm: OnPolicyConfig, block: Block) -> int:
     """Keys and values of every row that is decoded at once, at full length, on one rank."""
     model, parallel = config.model, block.parallel
     rows = min(
         algorithm.sampling.max_batch_rows,
-        -(-algorithm.prompts_per_step * algorithm.samples_per_prompt // block.dp),
+        -(-algorithm.num_samples // block.dp),
     )
-    size = 4 if engine_of(config, algorithm.actor).precision == "fp32" else 2
+    size = 4 if engine_of(config, roles(config)["actor"]).precision == "fp32" else 2
     per_token = 2 * model.num_layers * model.kv_heads * model.head_size * size
     return rows * longest_row(config) * per_token // (parallel.tp * parallel.pp)
 

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
+from megatron_zj.config.health import HealthConfig
+from megatron_zj.config.model import HeadKind
 from megatron_zj.config.optim import EngineConfig, OptimConfig
+
+Aggregation = Literal["token", "sequence"]
+KLEstimator = Literal["k1", "k2", "k3", "abs"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleKind:
+    """What a model of an algorithm is, in every run of it."""
+
+    head: HeadKind = "lm"  # what it ends in
+    trains: bool = True  # False: frozen, no optimizer
+    start: Literal["checkpoint", "reward", "own"] = "checkpoint"  # of weights: checkpoint.load, reward.load, its load
+    needs_weights: bool = True  # random ones are an error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,67 +57,334 @@ class SamplingConfig:
             raise ValueError("need temperature >= 0, top_k >= 0, 0 < top_p <= 1, repetition_penalty > 0")
 
 
+LM_FROM_SCRATCH: Mapping[str, RoleKind] = {"model": RoleKind(needs_weights=False)}
+POLICY, REFERENCE = RoleKind(), RoleKind(trains=False)
+JUDGE = RoleKind(head="score", trains=False, start="own")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """Next-token prediction on packed text."""
 
+    role_kinds: ClassVar[Mapping[str, RoleKind]] = LM_FROM_SCRATCH
+
     kind: Literal["pretrain"] = "pretrain"
     global_batch_size: int = 8  # rows an optimizer step
     model: RoleConfig = RoleConfig()
+
+    @property
+    def data_kind(self) -> str:
+        """The data it learns from."""
+        return "corpus"
+
+    @property
+    def update_size(self) -> tuple[str, int]:
+        """The setting that holds the rows of an optimizer step, and its value."""
+        return "global_batch_size", self.global_batch_size
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps an algorithm step."""
+        return 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig:
     """Next-token prediction on the assistant's turns."""
 
+    role_kinds: ClassVar[Mapping[str, RoleKind]] = LM_FROM_SCRATCH
+
     kind: Literal["sft"] = "sft"
     global_batch_size: int = 8  # dialogues an optimizer step
     model: RoleConfig = RoleConfig()
 
+    @property
+    def data_kind(self) -> str:
+        """The data it learns from."""
+        return "chat"
+
+    @property
+    def update_size(self) -> tuple[str, int]:
+        """The setting that holds the rows of an optimizer step, and its value."""
+        return "global_batch_size", self.global_batch_size
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps an algorithm step."""
+        return 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """All-pairs logistic ranking loss (Ouyang et al. 2022, eq. 1) on the last token's score."""
+    """A reward model from ranked answers.
+
+    ``pairs``: all-pairs logistic loss (Ouyang et al. 2022, eq. 1) on the last token's score.  ``plackett_luce``: the
+    likelihood of the whole ranking.  ``per_token``: Zhongjing's pair loss on every token from the first that differs.
+    """
+
+    role_kinds: ClassVar[Mapping[str, RoleKind]] = {"model": RoleKind(head="score", needs_weights=False)}
 
     kind: Literal["reward"] = "reward"
     global_batch_size: int = 8  # prompts (ranked groups) an optimizer step
+    loss: Literal["pairs", "plackett_luce", "per_token"] = "pairs"  # see above
+    margin: float = 0.0  # score by which a pair must differ a rank of gap (loss: pairs, per_token)
     centering: float = 0.0  # coefficient of the squared mean score of a group
     model: RoleConfig = RoleConfig()
 
+    def __post_init__(self) -> None:
+        if self.margin < 0 or self.centering < 0:
+            raise ValueError(f"need margin >= 0 and centering >= 0, got {self.margin}, {self.centering}")
+        if self.margin and self.loss == "plackett_luce":
+            raise ValueError("margin has no meaning for loss plackett_luce, which compares no pairs; set margin: 0")
+
+    @property
+    def data_kind(self) -> str:
+        """The data it learns from."""
+        return "preference"
+
+    @property
+    def update_size(self) -> tuple[str, int]:
+        """The setting that holds the ranked groups of an optimizer step, and its value."""
+        return "global_batch_size", self.global_batch_size
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps an algorithm step."""
+        return 1
+
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig:
+class DPOConfig:
+    """Direct preference optimization (Rafailov et al. 2023) on ranked answers.
+
+    Where ``load`` is None: actor and reference start from ``checkpoint.load``.
+    """
+
+    role_kinds: ClassVar[Mapping[str, RoleKind]] = {"actor": POLICY, "reference": REFERENCE}
+
+    kind: Literal["dpo"] = "dpo"
+    global_batch_size: int = 8  # prompts (ranked groups) an optimizer step
+    beta: float = 0.1  # strength of the tie to the reference
+    label_smoothing: float = 0.0  # probability that a ranking is wrong (conservative DPO); 0: none
+    pairs: Literal["all", "best_worst"] = "all"  # of a ranked group: every ordered pair, or the best against the worst
+    actor: RoleConfig = RoleConfig()
+    reference: RoleConfig = RoleConfig()
+
+    def __post_init__(self) -> None:
+        if self.beta <= 0 or not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"need beta > 0 and 0 <= label_smoothing < 0.5, got {self.beta}, {self.label_smoothing}")
+
+    @property
+    def data_kind(self) -> str:
+        """The data it learns from."""
+        return "preference"
+
+    @property
+    def update_size(self) -> tuple[str, int]:
+        """The setting that holds the ranked groups of an optimizer step, and its value."""
+        return "global_batch_size", self.global_batch_size
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps an algorithm step."""
+        return 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityConfig:
+    """Where a run stops because training and rollout give other log-probabilities to the same tokens (nats).
+
+    Repetition penalty and ``min_new_tokens`` change what is sampled from, so they open a real gap.
+    """
+
+    max: float | None = None  # largest difference of any token; None: not checked
+    mean: float | None = 0.05  # mean difference; None: not checked
+    k3: float | None = None  # k3 estimate of KL(rollout || training), per token; None: not checked
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnPolicyConfig:
+    """What every algorithm that learns from its own samples has."""
+
+    sampling: SamplingConfig = SamplingConfig()
+    prompts_per_step: int = 32  # prompts drawn an iteration, over all ranks
+    samples_per_prompt: int = 1  # responses to each prompt
+    epochs: int = 2  # passes over a step's samples
+    minibatch_size: int = 16  # samples an optimizer step
+    whiten_scores: bool = True  # subtract/divide by the reward model's stored mean and deviation
+    running_scores: bool = False  # instead: by the mean and deviation of all scores of this run so far
+    score_clip: float | None = None  # scaled scores, rules included, count between -/+ this; None: no clip
+    rules: dict[str, float] = field(default_factory=dict)  # rule rewards by name (algorithms/rules.py) -> weight
+    missing_eos_penalty: float = 0.0  # subtracted from the score of a truncated answer
+    length_penalty: float = 0.0  # subtracted from the score for each token beyond length_free
+    length_free: int = 0  # tokens of an answer that cost nothing
+    parity: ParityConfig = ParityConfig()
+    health: HealthConfig = field(default_factory=HealthConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("prompts_per_step", "samples_per_prompt", "epochs", "minibatch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.score_clip is not None and self.score_clip <= 0:
+            raise ValueError(f"score_clip must be > 0 or null, got {self.score_clip}")
+
+    @property
+    def data_kind(self) -> str:
+        """The data it learns from."""
+        return "prompts"
+
+    @property
+    def num_samples(self) -> int:
+        """Samples an iteration."""
+        return self.prompts_per_step * self.samples_per_prompt
+
+    @property
+    def update_size(self) -> tuple[str, int]:
+        """The setting that holds the samples of an optimizer step, and its value."""
+        return "minibatch_size", self.minibatch_size
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps an algorithm step."""
+        return self.epochs * (self.num_samples // self.minibatch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyGradientConfig(OnPolicyConfig):
+    """The clipped surrogate and the tie to the reference, as PPO and GRPO share them."""
+
+    kl_coef: float = 0.05  # weight of the KL term, per token
+    kl_estimator: KLEstimator = "k1"  # of the KL to the reference, per token (Schulman 2020)
+    kl_target: float | None = None  # mean sequence KL (nats): the adaptive controller's, and the health check's
+    clip_ratio: float = 0.2  # the probability ratio counts down to 1 minus this
+    clip_high: float | None = None  # and up to 1 plus this (clip-higher, Yu et al. 2025); None: as clip_ratio
+    dual_clip: float | None = None  # most that a negative advantage costs, in advantages (Ye et al. 2020); None: off
+    entropy_coef: float = 0.0  # weight of the entropy bonus; 0: none
+    aggregation: Aggregation = "token"  # mean over tokens, or over sequences of their token means
+    importance_cap: float | None = None  # weight tokens by the training/rollout ratio, at most this; None: off
+    early_stop_kl: float | None = None  # skip an iteration's further policy updates above this approx_kl; None: never
+    recompute_logprobs: bool = True  # old log-probabilities by the training pass; False: those of sampling (no parity)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_samples % self.minibatch_size:
+            raise ValueError(
+                f"minibatch_size {self.minibatch_size} must divide prompts_per_step x samples_per_prompt = "
+                f"{self.num_samples}"
+            )
+        if self.clip_ratio <= 0 or (self.clip_high is not None and self.clip_high <= 0):
+            raise ValueError(f"need clip_ratio > 0 and clip_high > 0, got {self.clip_ratio}, {self.clip_high}")
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError(f"dual_clip must be > 1 or null, got {self.dual_clip}")
+        if self.importance_cap is not None and not self.recompute_logprobs:
+            raise ValueError("importance_cap compares training with rollout: it needs recompute_logprobs: true")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(PolicyGradientConfig):
     """Proximal policy optimization (Schulman et al. 2017) with a KL term in the reward (Ouyang et al. 2022).
 
     Where ``load`` is None: actor and reference start from ``checkpoint.load``, critic from the reward model.
     """
+
+    role_kinds: ClassVar[Mapping[str, RoleKind]] = {
+        "actor": POLICY,
+        "critic": RoleKind(head="value", start="reward"),
+        "reference": REFERENCE,
+        "reward": JUDGE,
+    }
 
     kind: Literal["ppo"] = "ppo"
     actor: RoleConfig = RoleConfig()
     critic: RoleConfig = RoleConfig()
     reference: RoleConfig = RoleConfig()
     reward: RoleConfig = RoleConfig()
-    sampling: SamplingConfig = SamplingConfig()
-    prompts_per_step: int = 32  # prompts drawn an iteration, over all ranks
-    samples_per_prompt: int = 1  # responses to each prompt
-    epochs: int = 2  # passes over a step's samples
-    minibatch_size: int = 16  # samples an optimizer step
     gamma: float = 1.0  # discount a token
     lam: float = 0.95  # GAE's lambda (Schulman et al. 2016)
-    kl_coef: float = 0.05  # weight of the KL term, per token, in the reward
-    kl_target: float | None = None  # mean sequence KL (nats) the report and the health check compare with
-    clip_ratio: float = 0.2  # the probability ratio counts within 1 -/+ this
-    clip_value: float = 0.2  # a new value counts within this of the old one
-    entropy_coef: float = 0.0  # weight of the entropy bonus; 0: none
-    whiten_scores: bool = True  # subtract/divide by the reward model's stored mean and deviation
-    missing_eos_penalty: float = 0.0  # subtracted from the score of a truncated answer
+    kl_in: Literal["reward", "loss"] = "reward"  # where the KL term stands
+    kl_controller: Literal["fixed", "adaptive"] = "fixed"  # of kl_coef; adaptive: Ziegler et al. 2019
+    kl_horizon: int = 10000  # samples over which the adaptive controller acts
+    clip_value: float | None = 0.2  # a new value counts within this of the old one; None: no clip
+    whiten_advantages: bool = True  # over the iteration's response tokens
+    critic_warmup_steps: int = 0  # iterations at the start in which only the critic learns
 
     def __post_init__(self) -> None:
-        rows = self.prompts_per_step * self.samples_per_prompt
-        if rows % self.minibatch_size:
+        super().__post_init__()
+        if self.kl_controller == "adaptive" and (self.kl_target is None or self.kl_horizon < 1):
+            raise ValueError("kl_controller adaptive needs kl_target (nats a sequence) and kl_horizon >= 1")
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError(
-                f"minibatch_size {self.minibatch_size} must divide prompts_per_step x samples_per_prompt = {rows}"
+                "kl_in loss with kl_estimator k1 does nothing: the expected gradient of log pi - log pi_ref is 0; "
+                "take k2 or k3"
             )
 
 
-AlgorithmConfig = PretrainConfig | SFTConfig | RewardConfig | PPOConfig
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig(PolicyGradientConfig):
+    """Group relative policy optimization (Shao et al. 2024): the baseline is the group's mean, there is no critic.
+
+    Where ``load`` is None: actor and reference start from ``checkpoint.load``.
+    """
+
+    role_kinds: ClassVar[Mapping[str, RoleKind]] = {"actor": POLICY, "reference": REFERENCE, "reward": JUDGE}
+
+    kind: Literal["grpo"] = "grpo"
+    actor: RoleConfig = RoleConfig()
+    reference: RoleConfig = RoleConfig()
+    reward: RoleConfig = RoleConfig()
+    samples_per_prompt: int = 4  # the group
+    kl_estimator: KLEstimator = "k3"  # in the loss
+    scale_advantages: bool = True  # divide by the group's deviation
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.samples_per_prompt < 2:
+            raise ValueError(f"samples_per_prompt must be >= 2, got {self.samples_per_prompt}: a group of one is 0")
+        if self.kl_coef and self.kl_estimator == "k1":
+            raise ValueError("kl_estimator k1 has no expected gradient in a loss; take k2 or k3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RejectionConfig(OnPolicyConfig):
+    """Rejection sampling: SFT on what the reward model likes best (ChiMed-GPT).
+
+    ``sample``, as its paper says: every iteration draws N answers a prompt from the current model and learns the best.
+    ``filter``, as its code does: scores existing dialogues once, keeps the best ``keep`` of all, and learns those.
+    Where ``load`` is None: the actor starts from ``checkpoint.load``.
+    """
+
+    role_kinds: ClassVar[Mapping[str, RoleKind]] = {"actor": POLICY, "reward": JUDGE}
+
+    kind: Literal["rejection"] = "rejection"
+    actor: RoleConfig = RoleConfig()
+    reward: RoleConfig = RoleConfig()
+    source: Literal["sample", "filter"] = "sample"  # see above
+    samples_per_prompt: int = 4  # N (source: sample)
+    keep: int = 1000  # dialogues kept (source: filter)
+    epochs: int = 1  # passes over what was kept (source: sample)
+    minibatch_size: int = 16  # kept rows an optimizer step
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.source == "sample" and self.samples_per_prompt < 2:
+            raise ValueError(f"samples_per_prompt must be >= 2, got {self.samples_per_prompt}: there is no choice")
+        if self.source == "sample" and self.prompts_per_step % self.minibatch_size:
+            raise ValueError(
+                f"minibatch_size {self.minibatch_size} must divide prompts_per_step {self.prompts_per_step}: "
+                "one answer a prompt is kept"
+            )
+        if self.keep < 1:
+            raise ValueError(f"keep must be >= 1, got {self.keep}")
+
+    @property
+    def data_kind(self) -> str:
+        """The data it learns from."""
+        return "prompts" if self.source == "sample" else "chat"
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps an algorithm step."""
+        return self.epochs * (self.prompts_per_step // self.minibatch_size) if self.source == "sample" else 1
+
+
+AlgorithmConfig = PretrainConfig | SFTConfig | RewardConfig | PPOConfig | DPOConfig | GRPOConfig | RejectionConfig

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_zj.config.algorithm import PPOConfig
+from megatron_zj.config.algorithm import RewardConfig
 from megatron_zj.config.data import CorpusConfig, PromptsConfig
 from megatron_zj.config.derived import (
     ALL,
@@ -24,11 +24,11 @@ from megatron_zj.config.derived import (
     placements,
     roles,
     rows_per_update,
+    sampling_of,
+    starting_point,
 )
 from megatron_zj.config.loader import ConfigError, suggestion
 from megatron_zj.config.run import RunConfig
-
-DATA_OF = {"pretrain": "corpus", "sft": "chat", "reward": "preference", "ppo": "prompts"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +89,15 @@ def missing_inputs(config: RunConfig) -> list[Finding]:
         found.append(Finding(key="data.files", message=f"empty; name the {what}: data.files=[PATH, ...]"))
     if config.tokenizer.path is None:
         found.append(Finding(key="tokenizer.path", message="not set; name a .model file or a tokenizer folder"))
-    if isinstance(config.algorithm, PPOConfig):
-        if config.checkpoint.load is None and config.algorithm.actor.load is None:
-            found.append(
-                Finding(key="checkpoint.load", message="not set; name the SFT checkpoint the policy starts from")
-            )
-        if config.algorithm.reward.load is None:
-            found.append(Finding(key="algorithm.reward.load", message="not set; name the reward model's checkpoint"))
+    nameless = {
+        name: kind.start
+        for name, kind in config.algorithm.role_kinds.items()
+        if kind.needs_weights and starting_point(config, name) is None
+    }
+    if "checkpoint" in nameless.values():
+        found.append(Finding(key="checkpoint.load", message="not set; name the SFT checkpoint the policy starts from"))
+    if "reward" in nameless:
+        found.append(Finding(key="algorithm.reward.load", message="not set; name the reward model's checkpoint"))
     return found
 
 
@@ -188,6 +190,14 @@ def _list(values: list[int]) -> str:
 def _engines(config: RunConfig, blocks: list[Block]) -> Iterator[Finding]:
     """Engine settings that do not go with the layout or the model."""
     role_of = roles(config)
+    if isinstance(config.algorithm, RewardConfig) and config.algorithm.loss == "per_token":
+        for block in blocks:
+            if block.parallel.cp > 1:
+                yield Finding(
+                    key=f"{block.key}.cp",
+                    message="algorithm.loss=per_token compares answers token by token and context parallelism cuts "
+                    "them in other places; use cp=1, or algorithm.loss=pairs",
+                )
     for block in blocks:
         layers = config.model.num_layers // (block.parallel.pp * block.parallel.vpp)
         for name in block.roles:
@@ -214,7 +224,7 @@ def _engines(config: RunConfig, blocks: list[Block]) -> Iterator[Finding]:
 
 
 def _kinds(config: RunConfig) -> Iterator[Finding]:
-    wanted, got = DATA_OF[config.algorithm.kind], config.data.kind
+    wanted, got = config.algorithm.data_kind, config.data.kind
     if wanted != got:
         yield Finding(
             key="data", message=f"algorithm={config.algorithm.kind} learns from data={wanted}, got data={got}"
@@ -227,7 +237,7 @@ def _lengths(config: RunConfig) -> Iterator[Finding]:
     key = "data.sequence_length" if isinstance(config.data, CorpusConfig) else "data.max_length"
     if longest < 2:
         yield Finding(key=key, message=f"a sequence of {longest} tokens has nothing to predict; use 2 or more")
-    if isinstance(config.algorithm, PPOConfig):
+    if sampling_of(config) is not None:
         what = f"{key} + algorithm.sampling.max_new_tokens = {longest}"
         lower = f"{key} or algorithm.sampling.max_new_tokens"
     else:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from megatron_zj.config.algorithm import PPOConfig, RoleConfig
+from megatron_zj.config.algorithm import OnPolicyConfig, RoleConfig, SamplingConfig
 from megatron_zj.config.data import CorpusConfig
 from megatron_zj.config.model import HeadKind
 from megatron_zj.config.optim import EngineConfig
@@ -12,7 +13,6 @@ from megatron_zj.config.parallel import ParallelConfig, PlacementConfig
 from megatron_zj.config.run import RunConfig
 
 ALL = "all"  # the placement that is every rank, laid out by RunConfig.parallel
-ROLES_OF_PPO = ("actor", "critic", "reference", "reward")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +34,11 @@ class Block:
 
 def roles(config: RunConfig) -> dict[str, RoleConfig]:
     """The models of the run by role name."""
-    algorithm = config.algorithm
-    if isinstance(algorithm, PPOConfig):
-        return {name: getattr(algorithm, name) for name in ROLES_OF_PPO}
-    return {"model": algorithm.model}
+    found = {name: getattr(config.algorithm, name) for name in config.algorithm.role_kinds}
+    wrong = [name for name, role in found.items() if not isinstance(role, RoleConfig)]
+    if wrong:
+        raise TypeError(f"algorithm.{wrong[0]} is not a role")
+    return found
 
 
 def placements(config: RunConfig, world_size: int | None = None) -> list[Block]:
@@ -72,15 +73,27 @@ def _num_ranks(placement: PlacementConfig, world: int) -> int:
 
 def head_of(config: RunConfig, role: str) -> HeadKind:
     """What the role's model ends in."""
-    if isinstance(config.algorithm, PPOConfig):
-        heads: dict[str, HeadKind] = {"critic": "value", "reward": "score"}
-        return heads.get(role, "lm")
-    return "score" if config.algorithm.kind == "reward" else "lm"
+    return config.algorithm.role_kinds[role].head
 
 
 def is_trained(config: RunConfig, role: str) -> bool:
     """False for a frozen role, which has no optimizer."""
-    return not isinstance(config.algorithm, PPOConfig) or role in ("actor", "critic")
+    return config.algorithm.role_kinds[role].trains
+
+
+def starting_point(config: RunConfig, role: str) -> Path | None:
+    """Where a role's first weights are: its own ``load``, or what its kind says; None: nobody has named them."""
+    known = roles(config)
+    own, start = known[role].load, config.algorithm.role_kinds[role].start
+    if own is not None or start == "own":
+        return own
+    return known["reward"].load if start == "reward" else config.checkpoint.load
+
+
+def sampling_of(config: RunConfig) -> SamplingConfig | None:
+    """How the run draws samples; None: it draws none."""
+    algorithm = config.algorithm
+    return algorithm.sampling if isinstance(algorithm, OnPolicyConfig) and algorithm.data_kind == "prompts" else None
 
 
 def engine_of(config: RunConfig, role: RoleConfig) -> EngineConfig:
@@ -92,23 +105,16 @@ def longest_row(config: RunConfig) -> int:
     """Tokens of the longest sequence the model will meet."""
     data = config.data
     length = data.sequence_length if isinstance(data, CorpusConfig) else data.max_length
-    if isinstance(config.algorithm, PPOConfig):
-        return length + config.algorithm.sampling.max_new_tokens
-    return length
+    sampling = sampling_of(config)
+    return length + (sampling.max_new_tokens if sampling else 0)
 
 
 def rows_per_update(config: RunConfig) -> tuple[str, int]:
     """The key and the number of units (rows, ranked groups, samples) of one optimizer step."""
-    algorithm = config.algorithm
-    if isinstance(algorithm, PPOConfig):
-        return "algorithm.minibatch_size", algorithm.minibatch_size
-    return "algorithm.global_batch_size", algorithm.global_batch_size
+    name, size = config.algorithm.update_size
+    return f"algorithm.{name}", size
 
 
 def optimizer_steps(config: RunConfig) -> int:
     """Optimizer steps of the whole run, one model's."""
-    algorithm = config.algorithm
-    if isinstance(algorithm, PPOConfig):
-        rows = algorithm.prompts_per_step * algorithm.samples_per_prompt
-        return config.run.num_steps * algorithm.epochs * (rows // algorithm.minibatch_size)
-    return config.run.num_steps
+    return config.run.num_steps * config.algorithm.updates_per_step

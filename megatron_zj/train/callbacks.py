@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from tqdm import tqdm
@@ -28,6 +28,7 @@ def _is_dull(name: str, value: float) -> bool:
     return name in ("weight", "tokens", "time/data") or name.endswith("/weight")
 
 
+@runtime_checkable
 class Evaluates(Protocol):
     """An algorithm with validation data of its own."""
 

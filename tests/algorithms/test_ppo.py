@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
+import torch
 
+from megatron_zj.algorithms.experience import ParityError
+from megatron_zj.config.algorithm import ParityConfig, PPOConfig
 from megatron_zj.config.optim import EngineConfig
 from megatron_zj.config.parallel import ParallelConfig, PlacementConfig
 from tests.algorithms import ppo_world
+from tests.algorithms.plain_ppo import PlainPPO
 from tests.helpers.ranks import run_ranks
 
 ENGINE = EngineConfig(micro_batch_tokens=64)
@@ -34,19 +39,113 @@ LAYOUTS = {
 }
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "kl k3 in loss, sequences": {"kl_in": "loss", "kl_estimator": "k3", "aggregation": "sequence", "kl_coef": 0.3},
+    "adaptive kl, k2, running scores": {
+        "kl_controller": "adaptive",
+        "kl_estimator": "k2",
+        "kl_target": 0.01,
+        "kl_horizon": 40,
+        "running_scores": True,
+        "score_clip": 1.0,
+    },
+    "asymmetric and dual clip, no value clip": {
+        "clip_ratio": 0.02,
+        "clip_high": 0.04,
+        "dual_clip": 1.01,
+        "clip_value": None,
+        "whiten_advantages": False,
+    },
+    "critic first, early stop, penalties, rules": {
+        "critic_warmup_steps": 1,
+        "early_stop_kl": 1e-9,
+        "length_penalty": 0.05,
+        "length_free": 3,
+        "rules": {"varied": 0.5},
+        "kl_estimator": "abs",
+        "entropy_coef": 0.0,
+    },
+}
+
+
 @pytest.fixture(scope="module")
 def plain() -> list[dict[str, float]]:
-    history = ppo_world.plain_ppo()
+    history = PlainPPO(ppo_world.PPO_CONFIG).run()
     assert 0 < history[0]["truncated"] < 1  # both kinds of ending are in it
     assert any(history[1][f"{name}/clip_fraction"] > 0 for name in ("actor", "critic"))  # the clips bind
     assert abs(history[1]["kl"]) > 1e-3
     return history
 
 
+def _check(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    differences = ppo_world.differences(found, expected)
+    worst = max(differences, key=lambda name: differences[name])
+    assert differences[worst] <= TOLERANCE, (worst, differences[worst])
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_iterations_equal_plain_torch(layout: str, plain: list[dict[str, float]]) -> None:
     world, parallel, engine, placements, where = LAYOUTS[layout]
     for found in run_ranks(world, ppo_world.run_ppo, parallel, engine, placements, where):
-        differences = ppo_world.differences(found, plain)
-        worst = max(differences, key=lambda name: differences[name])
-        assert differences[worst] <= TOLERANCE, (worst, differences[worst])
+        _check(found[0], plain)
+        assert found[0][0]["actor/first_ratio_off"] == 0
+
+
+@pytest.fixture(scope="module")
+def variants() -> list[tuple[PPOConfig, list[dict[str, float]]]]:
+    configs = [dataclasses.replace(ppo_world.PPO_CONFIG, **changes) for changes in OPTIONS.values()]
+    return [(config, PlainPPO(config).run()) for config in configs]
+
+
+@pytest.mark.parametrize("layout", ["one rank", "small packs", "dp2", "cp2"])
+def test_every_option_equals_plain_torch(layout: str, variants: list[tuple[PPOConfig, list[dict[str, float]]]]) -> None:
+    world, parallel, engine, placements, where = LAYOUTS[layout]
+    configs = [config for config, _ in variants]
+    for histories in run_ranks(world, ppo_world.run_ppo, parallel, engine, placements, where, configs):
+        for found, (_, expected) in zip(histories, variants, strict=True):
+            _check(found, expected)
+
+
+def test_the_options_do_something(variants: list[tuple[PPOConfig, list[dict[str, float]]]]) -> None:
+    in_loss, adaptive, clips, late = (history for _, history in variants)
+    assert in_loss[1]["actor/kl_loss"] > 0
+    assert in_loss[0]["actor/weight"] == ppo_world.PPO_CONFIG.minibatch_size
+    assert adaptive[1]["kl_coef"] != adaptive[0]["kl_coef"]
+    assert clips[1]["actor/clip_fraction"] > 0
+    assert clips[1]["critic/clip_fraction"] == 0
+    assert "actor/loss" not in late[0]
+    assert "actor/loss" in late[1]
+
+
+def _perturbed_after_sampling(changes: dict[str, Any]) -> list[str]:
+    """What a run says whose actor's weights move between sampling and scoring."""
+    ppo = ppo_world.build_ppo(dataclasses.replace(ppo_world.PPO_CONFIG, **changes), ParallelConfig(), ENGINE, {}, {})
+    generate = ppo.models.actor.generate
+
+    def then_move(*args: Any) -> Any:
+        samples = generate(*args)
+        assert ppo.models.actor.engine is not None
+        with torch.no_grad():
+            for parameter in ppo.models.actor.engine.chunks[0].parameters():
+                parameter.mul_(1.05)
+        return samples
+
+    ppo.models.actor.generate = then_move  # type: ignore[method-assign]
+    try:
+        metrics = ppo.step()
+    except ParityError as error:
+        return [str(error)]
+    return [f"{name} {value}" for name, value in metrics.items() if name.startswith(("parity", "actor/importance"))]
+
+
+def test_the_parity_gate_stops_a_run_whose_policy_moved_after_sampling() -> None:
+    [[said]] = run_ranks(1, _perturbed_after_sampling, {"parity": ParityConfig(mean=0.01)})
+    assert "parity/mean" in said
+    assert "algorithm.parity.mean = 0.01" in said
+    assert "algorithm.importance_cap" in said
+    [lines] = run_ranks(1, _perturbed_after_sampling, {"parity": ParityConfig(mean=None), "importance_cap": 1.01})
+    found = {name: float(value) for name, value in (line.split() for line in lines)}
+    assert found["parity/mean"] > 0.01
+    assert found["parity/max"] > found["parity/mean"]
+    assert found["parity/k3"] > 1e-5
+    assert found["actor/importance"] < 1.0  # capped above, so the mean is below 1

@@ -16,6 +16,7 @@ REGISTRIES = {  # the module state that may change, each filled at import only
     "algorithms": ("megatron_zj.algorithms.registry",),
     "model presets": ("megatron_zj.models.presets",),
     "kernel dispatch": ("kernels.dispatch",),
+    "rule rewards": ("megatron_zj.algorithms.rules",),
     "data formats": ("megatron_zj.data.formats.registry",),
 }
 _CHANGES = ("append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "clear", "remove", "discard")

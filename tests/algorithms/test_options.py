@@ -1,0 +1,195 @@
+"""The smaller formulas of reinforcement learning against their definitions, and state that survives a stop."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_zj.algorithms import functional as f
+from megatron_zj.algorithms.controllers import KLController, RunningMoments
+from megatron_zj.algorithms.experience import ParityError, require_parity
+from megatron_zj.algorithms.health import CHECKS, Health, HealthError
+from megatron_zj.algorithms.rules import RULES, Answer, chosen_rules
+from megatron_zj.config.algorithm import GRPOConfig, ParityConfig, PPOConfig, RejectionConfig
+from megatron_zj.config.health import HealthConfig
+from megatron_zj.config.loader import ConfigError
+from megatron_zj.data.batch import Rows
+
+
+def test_kl_estimators_have_the_expectation_they_claim() -> None:
+    """Over a whole categorical distribution, so that there is no noise."""
+    generator = torch.Generator().manual_seed(1)
+    policy = torch.randn(50, generator=generator, dtype=torch.float64).log_softmax(0)
+    reference = (policy + 0.2 * torch.randn(50, generator=generator, dtype=torch.float64)).log_softmax(0)
+    kl = float((policy.exp() * (policy - reference)).sum())
+    found = {name: (policy.exp() * f.estimate_kl(policy, reference, name)) for name in ("k1", "k2", "k3", "abs")}
+    assert float(found["k1"].sum()) == pytest.approx(kl)
+    assert float(found["k3"].sum()) == pytest.approx(kl)
+    assert float(found["k2"].sum()) == pytest.approx(kl, rel=0.1)  # biased, close
+    assert float(found["abs"].sum()) > kl
+    assert float(found["k3"].min()) >= 0 > float(found["k1"].min())
+
+
+@pytest.mark.parametrize(("estimator", "right"), [("k1", False), ("k2", True)])
+def test_in_a_loss_k2_has_the_gradient_of_the_kl_and_k1_has_none(estimator: Any, right: bool) -> None:
+    logits = torch.randn(9, generator=torch.Generator().manual_seed(2), dtype=torch.float64).requires_grad_()
+    reference = torch.randn(9, generator=torch.Generator().manual_seed(3), dtype=torch.float64).log_softmax(0)
+    policy = logits.log_softmax(0)
+    (truth,) = torch.autograd.grad((policy.exp() * (policy - reference)).sum(), logits, retain_graph=True)
+    # tokens are drawn from pi and then held: the expectation's own weights have no gradient
+    (found,) = torch.autograd.grad((policy.exp().detach() * f.estimate_kl(policy, reference, estimator)).sum(), logits)
+    assert torch.allclose(found, truth if right else torch.zeros_like(truth), atol=1e-12)
+
+
+def test_dual_clip_bounds_what_a_bad_token_costs() -> None:
+    ratio, advantages = torch.tensor([9.0, 2.0, 9.0]), torch.tensor([-1.0, -1.0, 1.0])
+    loss, bound = f.clipped_policy_loss(ratio.log(), advantages, 0.2, 0.3, 3.0)
+    assert loss.tolist() == pytest.approx([3.0, 2.0, -1.3])
+    assert bound.tolist() == [1, 0, 1]
+
+
+def test_sequence_aggregation_is_the_mean_of_row_means() -> None:
+    mask = Rows.of([[0, 1, 1], [0, 0], [0, 1, 1, 1, 1]])
+    values = torch.arange(10.0)
+    fields = f.aggregation_fields(mask, "sequence")
+    mean = (values * fields["loss_weight"].values).sum() / fields["loss_count"].values.sum()
+    assert float(mean) == pytest.approx(((1 + 2) / 2 + (6 + 7 + 8 + 9) / 4) / 2)
+    assert not fields["loss_count"].values.is_floating_point()
+
+
+def test_importance_weights_are_capped() -> None:
+    found = f.importance_weights(torch.tensor([0.0, -1.0]), torch.tensor([-3.0, -0.5]), 2.0)
+    assert found.tolist() == pytest.approx([2.0, math.exp(-0.5)])
+
+
+def test_group_advantages_of_a_worked_group() -> None:
+    scores = torch.tensor([1.0, 2.0, 6.0, 4.0, 4.0, 4.0])
+    deviation = math.sqrt((4 + 1 + 9) / 2)
+    found = f.group_advantages(scores, 3, scale=True).tolist()
+    assert found == pytest.approx([-2 / deviation, -1 / deviation, 3 / deviation, 0, 0, 0], abs=1e-5)
+    assert f.group_advantages(scores, 3, scale=False).tolist() == pytest.approx([-2, -1, 3, 0, 0, 0])
+
+
+def test_repetition_counts_what_came_before() -> None:
+    assert f.repetition(torch.tensor([1, 2, 3, 4, 5])) == 0
+    assert f.repetition(torch.tensor([7] * 8)) == pytest.approx(4 / 5)
+    assert f.repetition(torch.tensor([1, 2])) == 0
+
+
+def test_the_adaptive_coefficient_follows_ziegler_and_resumes_exactly() -> None:
+    controller = KLController(0.2, 6.0, 10000)
+    controller.update(9.0, 256)  # 50 % above: counts as 20 %
+    assert controller.coef == pytest.approx(0.2 * (1 + 0.2 * 256 / 10000))
+    controller.update(5.7, 256)
+    assert controller.coef == pytest.approx(0.2 * (1 + 0.2 * 256 / 10000) * (1 - 0.05 * 256 / 10000))
+    other = KLController(0.2, 6.0, 10000)
+    other.load_state_dict(json.loads(json.dumps(controller.state_dict())))
+    assert other.coef == controller.coef  # to the bit
+    fixed = KLController(0.2)
+    fixed.update(1e9, 256)
+    assert fixed.coef == 0.2
+
+
+def test_running_moments_equal_those_of_everything_and_resume_exactly() -> None:
+    values = torch.randn(40, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * 3 + 100
+    running = RunningMoments()
+    for part in values.split([3, 1, 0, 16, 20]):
+        if len(part):
+            running.add(len(part), float(part.mean()), float(part.std(correction=0)))
+        again = RunningMoments()
+        again.load_state_dict(json.loads(json.dumps(running.state_dict())))
+        assert vars(again) == vars(running)
+        running = again
+    assert running.mean == pytest.approx(float(values.mean()))
+    assert running.deviation == pytest.approx(float(values.std(correction=0)))
+
+
+def test_rules_come_from_the_list_only() -> None:
+    text = "请就医。请就医。"
+    answer = Answer("", text, torch.zeros(0), torch.zeros(0), truncated=True)
+    assert RULES["refers_to_doctor"](answer) == 1
+    assert RULES["ends"](answer) == 0
+    assert RULES["chinese"](answer) == 1
+    assert RULES["varied"](answer) == pytest.approx(4 / 6)
+    assert [weight for _, weight in chosen_rules({"ends": 0.5})] == [0.5]
+    with pytest.raises(ConfigError, match=r"algorithm\.rules\.varid: no such rule; did you mean 'varied'"):
+        chosen_rules({"varid": 1.0})
+
+
+def test_the_parity_gate_names_the_number_and_the_limit() -> None:
+    found = {"parity/max": 0.5, "parity/mean": 0.01, "parity/k3": 1e-4}
+    require_parity(found, ParityConfig(max=0.6))
+    with pytest.raises(ParityError, match=r"parity/max = 0.5 > algorithm.parity.max = 0.1"):
+        require_parity(found, ParityConfig(max=0.1))
+    with pytest.raises(ParityError, match="parity/mean = nan"):
+        require_parity(found | {"parity/mean": math.nan}, ParityConfig())
+
+
+GOOD = {
+    "actor/first_ratio_off": 0.0,
+    "kl": 4.0,
+    "actor/clip_fraction": 0.1,
+    "critic/clip_fraction": 0.1,
+    "explained_variance": 0.5,
+    "entropy": 2.0,
+    "length_correlation": 0.2,
+    "truncated": 0.1,
+    "repetition": 0.1,
+}
+BAD = {
+    "ratio": ("actor/first_ratio_off", 0.01),
+    "kl_negative": ("kl", -2.0),
+    "kl_high": ("kl", 20.0),
+    "policy_clip": ("actor/clip_fraction", 0.9),
+    "value_clip": ("critic/clip_fraction", 0.9),
+    "explained_variance": ("explained_variance", -3.0),
+    "entropy": ("entropy", 0.001),
+    "length_reward": ("length_correlation", -0.95),
+    "truncated": ("truncated", 1.0),
+    "repetition": ("repetition", math.nan),
+}
+
+
+@pytest.mark.parametrize("name", [check.name for check in CHECKS])
+def test_each_alarm_sounds_for_its_own_illness_only(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    health = Health(HealthConfig(), kl_target=6.0, speaks=True)
+    assert health(1, GOOD) == {}
+    metric, value = BAD[name]
+    assert health(2, GOOD | {metric: value}) == {f"alarm/{name}": 1.0}
+    assert name in caplog.text
+    assert health(3, GOOD) == {}
+
+
+def test_an_alarm_that_holds_stops_the_run_when_told_to() -> None:
+    config = HealthConfig(action="stop", patience=3)
+    health, ill = Health(config, None, speaks=False), GOOD | {"truncated": 1.0}
+    health(1, ill)
+    health(2, GOOD)  # well again: counts from the start
+    health(3, ill)
+    health(4, ill)
+    resumed = Health(config, None, speaks=False)
+    resumed.load_state_dict(json.loads(json.dumps(health.state_dict())))
+    with pytest.raises(HealthError, match=r"'truncated' for 3 iterations.*max_new_tokens"):
+        resumed(5, ill)
+    assert Health(HealthConfig(action="off"), None, speaks=False)(1, ill) == {}
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: PPOConfig(kl_in="loss"), "take k2 or k3"),
+        (lambda: PPOConfig(kl_controller="adaptive"), "needs kl_target"),
+        (lambda: PPOConfig(dual_clip=0.9), "dual_clip must be > 1"),
+        (lambda: PPOConfig(recompute_logprobs=False, importance_cap=2.0), "recompute_logprobs"),
+        (lambda: GRPOConfig(samples_per_prompt=1), "samples_per_prompt must be >= 2"),
+        (lambda: GRPOConfig(kl_estimator="k1"), "k2 or k3"),
+        (lambda: RejectionConfig(prompts_per_step=10, minibatch_size=4), "one answer a prompt"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(make: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make()
