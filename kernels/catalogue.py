@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import configs
+from kernels.attention import dense
 from kernels.attention import triton as attention
 from kernels.gae import triton as gae
 from kernels.linear_logprob import triton as logprob
@@ -34,6 +36,7 @@ class Entry:
     meta: Mapping[str, Any]
     dots: bool = False  # tensor cores are promised
     aligned: bool = True  # every global load of a tile is promised 128 bits wide, and none 16
+    tma: bool = False  # bulk tensor copies are promised
     only: tuple[str, ...] = field(default=("sm_80", "sm_90", "sm_100", "gfx942"))  # where it is used
 
     @property
@@ -164,7 +167,29 @@ def _logprob(dtype: torch.dtype) -> Iterator[Entry]:
     )  # fmt: skip
 
 
+def _dense(dim: int) -> Entry:
+    rows, length, heads, kv_heads = 4, 4096, 32, 8
+    blocks = configs.lookup("sm_90", "attention_forward_dense", str(dim))
+
+    def describe(count: int, block: int) -> TensorDescriptor:
+        strides = [length * count * dim, count * dim, dim, 1]
+        return TensorDescriptor(pointer(BF16), [rows, length, count, dim], strides, [1, block, 1, dim])
+
+    descriptors = (
+        describe(heads, blocks["BM"]), describe(kv_heads, blocks["BN"]), describe(kv_heads, blocks["BN"]),
+        describe(heads, blocks["BM"]),
+    )  # fmt: skip
+    return Entry(
+        "attention", dense.attention_forward_dense, "attention_forward_dense", str(dim),
+        (*descriptors, pointer(FP32), length, length, rows * length, 0.088),
+        {"HEADS": heads, "GROUP": heads // kv_heads, "D": dim, "CAUSAL": True}, dots=True, aligned=False, tma=True,
+        only=("sm_90", "sm_100"),
+    )  # fmt: skip
+
+
 def _around_attention() -> Iterator[Entry]:
+    yield _dense(64)
+    yield _dense(128)
     yield Entry(
         "attention", attention.attention_delta, "attention_delta", "",
         (*_floats(BF16, 2), pointer(FP32), 2097152, 65536), {"HEADS": 32, "D": 128, "BD": 128},

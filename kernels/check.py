@@ -18,6 +18,8 @@ import xml.etree.ElementTree as xml
 from dataclasses import dataclass
 from pathlib import Path
 
+from kernels import dispatch
+
 LANES = ("reference", "interpreter", "mutation", "compile")
 FORMS = "tests/kernels/triton_forms"
 _QUIET = ["-q", "-p", "no:cacheprovider", "--no-header", "--tb=short"]
@@ -116,7 +118,9 @@ def main(arguments: list[str] | None = None) -> int:
     outcomes: list[Outcome] = []
     for lane in chosen.lanes or LANES:
         outcomes += gpu() if lane == "gpu" else [run_lane(lane, chosen.long)]
-    sys.stdout.write("\n" + table(outcomes))
+    staleness = importlib.import_module("kernels.staleness") if dispatch.has_triton() else None
+    timings = "" if staleness is None else f"timings: {staleness.summary()}\n"
+    sys.stdout.write("\n" + table(outcomes) + timings)
     return int(any(outcome.red for outcome in outcomes))
 
 

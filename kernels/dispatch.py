@@ -23,6 +23,7 @@ class Registry:
     """The process-wide state of dispatch: the forced backend and the launches seen by ``record_launches``."""
 
     forced: Backend | None = None
+    tma: bool = False
     recording: bool = False
     launches: ClassVar[Counter[str]] = Counter()
 
@@ -41,6 +42,20 @@ def use(backend: Backend | None) -> Iterator[None]:
         yield
     finally:
         Registry.forced = before
+
+
+@contextmanager
+def use_tma() -> Iterator[None]:
+    """Inside, dense attention goes through TMA descriptors where the device and the tensors allow it.
+
+    Off by default: which form is faster has not been measured.
+    """
+    before = Registry.tma
+    Registry.tma = True
+    try:
+        yield
+    finally:
+        Registry.tma = before
 
 
 def backend_of(tensor: Tensor) -> Backend:

@@ -13,6 +13,7 @@ from tests.kernels.proofs import (
     prove_attention,
     prove_attention_strides,
     prove_decode,
+    prove_dense,
     prove_gae,
     prove_logprob,
     prove_logprob_shard,
@@ -59,6 +60,10 @@ def _attention() -> dict[str, Proof]:
         "window, context parallel": partial(prove_attention, (80,), FP32, shards=4, window=9),
         "window 1": partial(prove_attention, (35,), FP32, window=1),
         "long equal scores": prove_precise_attention_sum,
+        "dense bf16": partial(prove_dense, 2, 37, 37, BF16),
+        "dense full fp16": partial(prove_dense, 2, 20, 45, torch.float16, causal=False),
+        "dense, fewer queries": partial(prove_dense, 2, 20, 45, BF16, fused=False),
+        "dense, fused strides": partial(prove_dense, 1, 33, 33, BF16, fused=True, dim=128),
         "decode fp32": partial(prove_decode, (1, 33, 70, 0, 16), FP32),
         "decode bf16": partial(prove_decode, (5, 64, 31), BF16),
         "decode window": partial(prove_decode, (1, 33, 70), FP32, window=20),
@@ -110,7 +115,7 @@ def _logprob() -> dict[str, Proof]:
             f"temperature and padding {tag}": partial(prove_logprob, 9, 96, 32, dtype, temperature=0.6, valid=70),
             f"masked {tag}": partial(prove_logprob, 17, 50, 48, dtype, masked="some"),
             f"shard {tag}": partial(prove_logprob_shard, dtype),
-            f"large logits {tag}": partial(prove_logprob, 8, 64, 32, dtype, size=8.0),
+            f"large logits {tag}": partial(prove_logprob, 8, 64, 32, dtype, size=5.0),
             f"no entropy {tag}": partial(prove_logprob, 18, 65, 33, dtype, entropy=False),
         }
     return cases | {

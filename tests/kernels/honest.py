@@ -205,6 +205,8 @@ def _size(pointers: Any) -> int:
 
 def _as_bool(mask: Any) -> Any:
     """A mask that is the product of a block and a scalar condition comes as integers; 3.9 refuses those."""
+    if isinstance(mask, np.ndarray):  # of a descriptor
+        return Handle(mask, tl.int1)
     return mask if mask.data.dtype == np.bool_ else Handle(mask.data.astype(np.bool_), tl.int1)
 
 

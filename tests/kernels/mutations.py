@@ -19,9 +19,9 @@ from tests.kernels.catalogue import CATALOGUE
 
 @dataclass(frozen=True)
 class Bug:
-    """Replace the first ``old`` in a function of ``kernels/<op>/triton.py`` by ``new``."""
+    """Replace the first ``old`` in a function of a Triton module by ``new``."""
 
-    op: str
+    op: str  # an op (its module ``triton``), or op/module
     kernel: str  # the kernel it is counted for
     function: str  # where the text is: the kernel or what it calls
     name: str
@@ -67,6 +67,21 @@ BUGS: list[Bug] = [
         ("query tail stored", "_inside(row, num_q,", "_inside(row, num_q + 1,"),
         ("blind queries divide by 0", "tl.where(total > 0.0, total, 1.0)", "total"),
         ("maximum not subtracted", "score - origin[:, None]", "score", "_forward_keys"),
+    ),
+    *_bugs(
+        "attention/dense", "attention_forward_dense", "^dense",
+        ("no scale", "full, high, position, num_k, scale * LOG2E", "full, high, position, num_k, LOG2E"),
+        ("causal mask one key late", "key[None, :] <= position", "key[None, :] <= 1 + position", "_dense_keys"),
+        ("sum not rescaled", "total = total * rescale", "total = total", "_dense_keys"),
+        ("output not rescaled", "acc = acc * rescale[:, None]", "acc = acc", "_dense_keys"),
+        ("key tail not masked", "seen = key[None, :] < num_k", "seen = key[None, :] >= 0", "_dense_keys"),
+        ("heads map to groups by remainder", "batch, head // GROUP, full", "batch, head % (HEADS // GROUP), full"),
+        ("lse in base 2", "tl.math.log2(total)) * LN2", "tl.math.log2(total))"),
+        ("top-left alignment", "position = row + (num_k - num_q)", "position = row"),
+        ("full blocks one too many", "tile * BM + 1 + num_k", "tile * BM + BN + num_k"),
+        ("batch of the first row", "batch.to(tl.int64) * num_q", "batch.to(tl.int64)"),
+        ("accumulator in bf16", "acc = acc * rescale[:, None]",
+         "acc = (acc * rescale[:, None]).to(tl.bfloat16).to(tl.float32)", "_dense_keys"),
     ),
     *_bugs(
         "attention", "attention_dkdv", r"ragged|gqa|parallel|window|fewer|blind|scale|head 80|large",
@@ -346,7 +361,8 @@ BUGS: list[Bug] = [
 @contextmanager
 def planted(bug: Bug) -> Iterator[None]:
     """The op runs a copy of its Triton module with the bug in it."""
-    module = f"kernels.{bug.op}.triton"
+    op, _, name = bug.op.partition("/")
+    module = f"kernels.{op}.{name or 'triton'}"
     healthy = importlib.import_module(module)
     source = Path(str(healthy.__file__)).read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
@@ -356,12 +372,23 @@ def planted(bug: Bug) -> Iterator[None]:
         assert spec is not None
         assert spec.loader is not None
         mutant = importlib.util.module_from_spec(spec)
-        sys.modules[module] = mutant
+        users = [
+            (user, attribute)
+            for key, user in sys.modules.items()
+            if key.startswith("kernels.")
+            for attribute, value in list(vars(user).items())
+            if value is healthy
+        ]
         try:
+            sys.modules[module] = mutant
             spec.loader.exec_module(mutant)
+            for user, attribute in users:
+                setattr(user, attribute, mutant)
             yield
         finally:
             sys.modules[module] = healthy
+            for user, attribute in users:
+                setattr(user, attribute, healthy)
 
 
 def edited(source: str, bug: Bug) -> str:
@@ -378,7 +405,7 @@ def edited(source: str, bug: Bug) -> str:
 def killer(bug: Bug) -> str | None:
     """The case that notices the bug, with what it said; None where none does."""
     with planted(bug):
-        for case, proof in CATALOGUE[bug.op].items():
+        for case, proof in CATALOGUE[bug.op.partition("/")[0]].items():
             if not re.search(bug.cases, case):
                 continue
             try:

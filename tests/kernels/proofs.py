@@ -137,6 +137,33 @@ def prove_attention_strides(dtype: torch.dtype) -> None:
     compare(kernel, plain, (fused,), dtype)
 
 
+def prove_dense(
+    rows: int, num_q: int, num_k: int, dtype: torch.dtype, *, causal: bool = True, dim: int = 64, fused: bool = False
+) -> None:
+    """The TMA form on a dense batch; ``fused``: q, k and v are slices of one tensor."""
+    cu_q, cu_k = ends([num_q] * rows), ends([num_k] * rows)
+    launched: list[str] = []
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
+        if fused:
+            joined = torch.cat((q, k, v), 1)
+            q, k, v = joined[:, : q.shape[1]], joined[:, q.shape[1] : -v.shape[1]], joined[:, -v.shape[1] :]
+        with dispatch.use_tma(), dispatch.record_launches() as launches:
+            found = attention(q, k, v, cu_q.to(DEVICE), cu_k.to(DEVICE), causal=causal, cu_seqlens_q_list=cu_q.tolist(),
+                              cu_seqlens_k_list=cu_k.tolist())  # fmt: skip
+            launched.extend(launches)
+        return found
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
+        out, lse = naive_attention(q, k, v, cu_q, cu_k, causal=causal)
+        return out, lse.detach()
+
+    inputs = (normal(rows * num_q, 4, dim), normal(rows * num_k, 2, dim, seed=1), normal(rows * num_k, 2, dim, seed=2))
+    compare(kernel, plain, inputs, dtype)
+    bulk = DEVICE.type == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
+    assert launched == ["attention_forward_dense" if bulk else "attention_forward"]
+
+
 def prove_decode(
     lengths: Sequence[int], dtype: torch.dtype, *, heads: int = 4, kv_heads: int = 2, dim: int = 64,
     window: int | None = None,

@@ -5,6 +5,9 @@ A process of its own: ``python -m kernels.check compile``.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from kernels import dispatch
@@ -14,13 +17,20 @@ if not dispatch.has_triton() or dispatch.interpreting():
 
 import triton
 
-from kernels import configs, resources
+from kernels import configs, resources, staleness
 from kernels.catalogue import entries
-from kernels.fingerprint import source_hash
+from kernels.fingerprint import entry_hash, source_hash
 from kernels.resources import ALL, BLOCKING, Job, Row
 
-SHORT: list[Job] = [(arch, entry.label) for arch in BLOCKING for entry in entries() if resources.typical(entry)]
-LONG: list[Job] = [(arch, entry.label) for arch in ALL for entry in entries() if (arch, entry.label) not in SHORT]
+SHORT: list[Job] = [
+    (arch, entry.label) for arch in BLOCKING for entry in entries() if resources.typical(entry) and arch in entry.only
+]
+LONG: list[Job] = [
+    (arch, entry.label)
+    for arch in ALL
+    for entry in entries()
+    if arch in entry.only and (arch, entry.label) not in SHORT
+]
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +76,8 @@ def test_committed_table_is_of_this_source_and_keeps_every_promise(arch: str) ->
 
 
 def test_every_kernel_of_the_tables_is_compiled() -> None:
-    known = {entry.name for entry in entries()}
     for arch in BLOCKING:
-        assert set(configs.TABLES[arch]) == known
+        assert set(configs.TABLES[arch]) == {entry.name for entry in entries() if arch in entry.only}
 
 
 def test_hash_follows_the_source_of_what_a_kernel_calls() -> None:
@@ -84,3 +93,14 @@ def test_hash_follows_the_source_of_what_a_kernel_calls() -> None:
     finally:
         helper.fn = original
     assert source_hash(forward.kernel) == before
+
+
+def test_a_published_timing_is_stale_once_its_kernel_has_changed(tmp_path: Path) -> None:
+    hashes = {entry.label: entry_hash(entry, "sm_90") for entry in entries()}
+    record = {"arch": "sm_90", "hashes": hashes}
+    assert staleness.stale(record) == []
+    record["hashes"] = {**hashes, "gae_scan": "0" * 16, "a kernel that is gone": "1" * 16}
+    assert staleness.stale(record) == ["gae_scan", "a kernel that is gone"]
+    assert "nothing has been measured" in staleness.summary(tmp_path)
+    (tmp_path / "h200.json").write_text(json.dumps(record), encoding="utf-8")
+    assert staleness.summary(tmp_path) == "h200.json: STALE for gae_scan, a kernel that is gone"
