@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 Backend = Literal["triton", "torch"]
@@ -73,6 +74,15 @@ def backend_of(tensor: Tensor) -> Backend:
             "or TRITON_INTERPRET=1 set before the process starts"
         )
     return "triton"
+
+
+def eager(backend: Backend) -> bool:
+    """Whether an op may go around ``torch.library``: its torch form, outside torch.compile.
+
+    An ``autograd.Function`` over the reference costs a tenth of a registered op's call, and may keep for its backward
+    pass what the registered schema has no place for.  Both give the same numbers.
+    """
+    return backend == "torch" and not torch.compiler.is_compiling()
 
 
 def has_triton() -> bool:

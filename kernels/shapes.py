@@ -115,8 +115,8 @@ def _attention(
         return attention(q, k, v, cu, cu_seqlens_q_list=ends)[:1]
 
     def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
-        dense = [x.view(rows, length, -1, dim).transpose(1, 2) for x in (q, k, v)]
-        out = torch.nn.functional.scaled_dot_product_attention(*dense, is_causal=True, enable_gqa=True)  # type: ignore[arg-type]
+        q, k, v = (x.view(rows, length, -1, dim).transpose(1, 2) for x in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return [out.transpose(1, 2).reshape(rows * length, heads, dim)]
 
     named: dict[str, Callable[..., Sequence[Tensor]]] = {"ours": ours}
@@ -125,15 +125,12 @@ def _attention(
     if not packed:
         named["sdpa"] = sdpa
     flops = sum(2 * 2 * heads * dim * size * size / 2 for size in lengths)
-    small = [x[: ends[1]] for x in inputs]
-    few = cu[:2]
+    size = min(ends[1], 512)  # the naive form holds size x size scores
+    first = torch.tensor([0, size], dtype=torch.int32, device=device)
 
     def verify() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        if ends[1] > 4096:
-            head = [x[:512] for x in small]
-            first = torch.tensor([0, 512], dtype=torch.int32, device=device)
-            return attention(*head, first)[:1], _naive_attention(*head, [512])  # type: ignore[misc]
-        return attention(*small, few)[:1], _naive_attention(*small, [ends[1]])  # type: ignore[misc]
+        q, k, v = (x[:size] for x in inputs)
+        return attention(q, k, v, first)[:1], _naive_attention(q, k, v, [size])
 
     shape = f"{rows}x{length} H{heads}/{kv_heads} D{dim} {'packed' if packed else 'dense'}"
     return Case("attention", shape, _forms(named, inputs), flops, "TFLOP/s", verify)

@@ -26,7 +26,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ValueError: shapes, dtypes or devices that do not fit together.
     """
     _check(x, weight, eps)
-    return _rms_norm(x, weight, float(eps), dispatch.backend_of(x))[0]
+    backend = dispatch.backend_of(x)
+    if dispatch.eager(backend):
+        return _Eager.apply(x, weight, float(eps))
+    return _rms_norm(x, weight, float(eps), backend)[0]
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -48,8 +51,40 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     checks.require_shape(residual, x.shape, "residual")
     checks.require(residual.dtype == x.dtype, f"residual must be {x.dtype} like x, got {residual.dtype}")
     checks.require_same_device(x=x, residual=residual)
-    y, total, _ = _add_rms_norm(x, residual, weight, float(eps), dispatch.backend_of(x))
+    backend = dispatch.backend_of(x)
+    if dispatch.eager(backend):
+        return _EagerSum.apply(x, residual, weight, float(eps))
+    y, total, _ = _add_rms_norm(x, residual, weight, float(eps), backend)
     return y, total
+
+
+class _Eager(torch.autograd.Function):
+    """The torch form of ``rms_norm``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, _, rstd = reference.forward(x, None, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *reference.backward(dy, None, *ctx.saved_tensors), None
+
+
+class _EagerSum(torch.autograd.Function):
+    """The torch form of ``add_rms_norm``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        y, total, rstd = reference.forward(x, residual, weight, eps)
+        ctx.save_for_backward(total, weight, rstd)
+        return y, total
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dsum: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        dx, dweight = reference.backward(dy, dsum, *ctx.saved_tensors)
+        return dx, dx, dweight, None
 
 
 def _check(x: Tensor, weight: Tensor, eps: float) -> None:

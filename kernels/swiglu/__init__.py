@@ -27,7 +27,23 @@ def swiglu(gate_up: Tensor) -> Tensor:
     checks.require_float(gate_up=gate_up)
     even = gate_up.dim() >= 1 and gate_up.shape[-1] % 2 == 0
     checks.require(even, f"the last dimension must hold gate and up, got {list(gate_up.shape)}")
-    return _swiglu(gate_up, dispatch.backend_of(gate_up))
+    backend = dispatch.backend_of(gate_up)
+    return _Eager.apply(gate_up) if dispatch.eager(backend) else _swiglu(gate_up, backend)
+
+
+class _Eager(torch.autograd.Function):
+    """The torch form; silu(gate) is kept rather than computed twice."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        activated = torch.nn.functional.silu(gate)
+        ctx.save_for_backward(gate_up, activated)
+        return activated * up
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return reference.backward(dy, *ctx.saved_tensors)
 
 
 @torch.library.custom_op("zj::swiglu", mutates_args=())

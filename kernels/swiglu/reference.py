@@ -12,11 +12,13 @@ def forward(gate_up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate).mul_(up)
 
 
-def backward(dy: Tensor, gate_up: Tensor) -> Tensor:
-    """Gradient of gate_up."""
+def backward(dy: Tensor, gate_up: Tensor, activated: Tensor | None = None) -> Tensor:
+    """Gradient of gate_up.  ``activated``: silu(gate), where the forward pass kept it."""
     gate, up = gate_up.chunk(2, dim=-1)
+    if activated is None:
+        activated = torch.nn.functional.silu(gate)
     dx = gate_up.new_empty(gate_up.shape)
     dgate, dup = dx.chunk(2, dim=-1)
-    dgate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
-    torch.mul(dy, torch.nn.functional.silu(gate), out=dup)
+    torch.ops.aten.silu_backward.grad_input(torch.mul(dy, up, out=dgate), gate, grad_input=dgate)
+    torch.mul(dy, activated, out=dup)
     return dx

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import dispatch
 from kernels.attention import attention, decode_attention
 from kernels.gae import gae
 from kernels.linear_logprob import linear_logprob
@@ -109,3 +110,14 @@ def test_compiled_without_a_graph_break_equals_eager(backend: str) -> None:
         torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-6)
     for have, want in zip(torch.autograd.grad(found[0], inputs), eager_grads, strict=True):
         torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+
+
+def test_shapes_on_cuda_are_known_without_a_gpu() -> None:
+    with torch._subclasses.FakeTensorMode(), dispatch.use("torch"):
+        q, k = (torch.empty(7, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2))
+        out, lse = attention(q, k, k, torch.empty(3, device="cuda", dtype=torch.int32))
+        logprob, _ = linear_logprob(
+            out.flatten(1), torch.empty(99, 256, device="cuda"), torch.empty(7, device="cuda").long()
+        )
+    assert (out.shape, out.dtype, out.device.type) == (q.shape, torch.bfloat16, "cuda")
+    assert (lse.shape, logprob.shape, logprob.dtype) == ((4, 7), (7,), torch.float32)

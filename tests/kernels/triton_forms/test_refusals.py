@@ -1,0 +1,60 @@
+"""What the Triton kernels do not take is refused before a launch; what they do is the same twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from kernels import dispatch
+from kernels.attention import attention
+from kernels.gae import gae
+from kernels.linear_logprob import linear_logprob
+from kernels.rms_norm import rms_norm
+from kernels.swiglu import swiglu
+from tests.kernels.cases import ends, normal
+from tests.kernels.proofs import DEVICE
+
+DOUBLE = torch.float64
+REFUSED: dict[str, Callable[[], object]] = {
+    "head size 72": lambda: attention(*(torch.zeros(4, 2, 72, device=DEVICE),) * 3, ends((4,)).to(DEVICE)),
+    "fp64 attention": lambda: attention(
+        *(torch.zeros(4, 2, 64, dtype=DOUBLE, device=DEVICE),) * 3, ends((4,)).to(DEVICE)
+    ),
+    "width 20000": lambda: rms_norm(torch.zeros(2, 20000, device=DEVICE), torch.ones(20000, device=DEVICE), 1e-6),
+    "fp64 swiglu": lambda: swiglu(torch.zeros(2, 8, dtype=DOUBLE, device=DEVICE)),
+    "fp64 weight": lambda: linear_logprob(
+        torch.zeros(2, 8, device=DEVICE),
+        torch.zeros(9, 8, dtype=DOUBLE, device=DEVICE),
+        torch.zeros(2, dtype=torch.int64, device=DEVICE),
+    ),
+    "fp64 gae": lambda: gae(
+        *(torch.zeros(4, dtype=DOUBLE, device=DEVICE),) * 2, ends((4,)).to(DEVICE), gamma=1.0, lam=1.0
+    ),
+}
+
+
+@pytest.mark.parametrize("case", sorted(REFUSED))
+def test_what_no_kernel_takes_is_refused_before_a_launch(case: str) -> None:
+    with (
+        dispatch.use("triton"),
+        dispatch.record_launches() as launches,
+        pytest.raises(NotImplementedError, match="Triton"),
+    ):
+        REFUSED[case]()
+    assert not launches
+
+
+def test_backward_is_bit_for_bit_repeatable() -> None:
+    q, k, v = (normal(40, heads, 64, dtype=torch.float32, seed=heads).to(DEVICE) for heads in (4, 2, 2))
+    cu = ends((33, 7)).to(DEVICE)
+
+    def gradients() -> list[torch.Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out, _ = attention(leaves[0], leaves[1], leaves[2], cu)
+        return list(torch.autograd.grad(out.square().sum(), leaves))
+
+    with dispatch.use("triton"):
+        for first, second in zip(gradients(), gradients(), strict=True):
+            assert torch.equal(first, second)
