@@ -21,24 +21,45 @@ SFT_DOCTORS: Mapping[Kind, Mapping[str, float]] = {
     "risk": {"good": 0.6, "ignore_risk": 0.4},
     "urgent": {"good": 0.6, "ignore_flag": 0.4},
 }
-# What candidate answers for ranking are drawn from.
+# What candidate answers for ranking are drawn from.  Each kind also sees what is right for another kind only: a reward
+# model that never saw a false alarm pays for one, and PPO finds that within ten steps.
 CANDIDATES: Mapping[Kind, tuple[str, ...]] = {
-    "ask": ("good", "good", "guess", "guess_careful", "guess_drug", "wrong_question", "repeat", "cut"),
-    "advise": ("good", "good", "no_caution", "no_examination", "drug_only", "wrong", "late_question", "repeat", "cut"),
-    "risk": ("good", "good", "ignore_risk", "drug_only", "no_examination", "wrong", "repeat", "cut"),
-    "urgent": ("good", "good", "ignore_flag", "drug_only", "no_reason", "repeat", "cut"),
+    "ask": ("good", "good", "guess", "guess_careful", "guess_drug", "wrong_question", "alarm", "repeat", "cut"),
+    "advise": (
+        *("good", "good", "no_caution", "no_examination", "drug_only", "wrong"),
+        *("late_question", "alarm", "alternative", "repeat", "cut"),
+    ),
+    "risk": (
+        *("good", "good", "ignore_risk", "drug_only", "no_examination", "wrong"),
+        *("late_question", "alarm", "repeat", "cut"),
+    ),
+    "urgent": (
+        "good",
+        "good",
+        "ignore_flag",
+        "drug_only",
+        "no_reason",
+        "wrong_alarm",
+        "late_question",
+        "repeat",
+        "cut",
+    ),
 }
 
 
 def answer(case: Case, behaviour: str, random: Random, stranger: Condition | None = None) -> str:
-    """One doctor's answer.  ``stranger``: the condition ``wrong_question`` asks about."""
+    """One doctor's answer.  ``stranger``: another condition, whose question or red flag the doctor mixes up."""
+    stranger = stranger or case.look_alike
     if behaviour in ("repeat", "cut"):
         return _spoil(good(case, random), behaviour)
     if behaviour == "good":
         return good(case, random)
     suspected = random.choice((case.condition, case.look_alike)) if case.kind == "ask" else case.condition
     if behaviour == "wrong_question":
-        return _say(ASKING, stranger or case.condition, random)
+        return _say(ASKING, stranger, random)
+    if behaviour in ("alarm", "wrong_alarm"):
+        seen = (stranger,) if behaviour == "wrong_alarm" else (case.condition, case.look_alike, stranger)
+        return _say(_URGENT, random.choice(seen), random)
     if behaviour == "late_question":
         return _say(ASKING, case.condition, random)
     if behaviour == "no_reason":
@@ -53,6 +74,7 @@ def answer(case: Case, behaviour: str, random: Random, stranger: Condition | Non
         "no_examination": ("diagnosis", "instead") if case.kind == "risk" else ("diagnosis", "drug", "caution"),
         "drug_only": ("diagnosis", "drug"),
         "wrong": ("diagnosis", "examination", "drug", "caution"),
+        "alternative": ("diagnosis", "examination", "instead"),
         "ignore_risk": ("diagnosis", "examination", "drug", "caution"),
         "ignore_flag": ("diagnosis", "examination", "drug", "caution"),
     }[behaviour]
