@@ -38,7 +38,7 @@ class ModelConfig:
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
     tie_embeddings: bool = False  # the output layer is the embedding
     init_std: float = 0.02  # standard deviation of the initial weights
-    dropout: float = 0.0  # hidden and attention dropout; layout invariance is claimed at 0 only
+    dropout: float = 0.0  # of hidden states and embeddings (not of attention); layout invariance is claimed at 0 only
     vocab_multiple: int = 64  # embedding rows are padded to a multiple of this, whatever the layout
     kernels: Literal["auto", "triton", "torch", "te"] = "auto"  # auto: Triton on CUDA, torch elsewhere
     fp8: Literal["none", "hybrid", "e4m3"] = "none"  # FP8 recipe format; te kernels only

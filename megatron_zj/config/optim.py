@@ -8,7 +8,10 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class LossScaleConfig:
-    """fp16 loss scaling.  ``initial`` is kept for ever when ``window`` is 0 (constant scale)."""
+    """fp16 loss scaling, meant for the mean loss of a full micro-batch (the engine's losses are sums).
+
+    ``initial`` is kept for ever when ``window`` is 0 (constant scale).
+    """
 
     initial: float = 65536.0
     window: int = 1000  # steps without overflow before the scale doubles
