@@ -105,8 +105,10 @@ def linear_logprob_partials(
     valid = rows if valid_rows is None else valid_rows
     checks.require(0 <= valid <= rows, f"valid_rows must be 0 .. {rows}, got {valid}")
     backend = dispatch.backend_of(hidden_TD)
-    parts = _partials(hidden_TD, weight_VD, targets_T, mask_T, vocab_start, valid, float(temperature), entropy, backend)
-    return Partials(*parts)
+    settings = (vocab_start, valid, float(temperature), entropy)
+    if dispatch.eager(backend):
+        return Partials(*_Eager.apply(hidden_TD, weight_VD, targets_T, mask_T, settings))
+    return Partials(*_partials(hidden_TD, weight_VD, targets_T, mask_T, *settings, backend))
 
 
 def combine_partials(
@@ -155,6 +157,33 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, 
     if mask is not None:
         checks.require_shape(mask, (hidden.shape[0],), "mask_T")
         checks.require(mask.dtype == torch.bool, f"mask_T must be bool, got {mask.dtype}")
+
+
+class _Eager(torch.autograd.Function):
+    """The torch form; a micro-batch whose logits fit one chunk keeps their exponentials for its backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        mask: Tensor | None,
+        settings: tuple[int, int, float, bool],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        kept: list[reference.Kept] | None = [] if any(ctx.needs_input_grad) else None
+        lse, target, spread = reference.forward(hidden, weight, targets, mask, *settings, kept)
+        ctx.save_for_backward(hidden, weight, targets, mask, lse, spread, *(kept[0] if kept else ()))
+        ctx.settings = settings
+        return lse, target, spread
+
+    @staticmethod
+    def backward(ctx: Any, dlse: Tensor, dtarget: Tensor, dspread: Tensor) -> tuple[Any, ...]:
+        inputs, kept = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        grads = reference.backward(
+            dlse, dtarget, dspread, *inputs, *ctx.settings, reference.Kept(*kept) if kept else None
+        )
+        return *grads, None, None, None
 
 
 @torch.library.custom_op("zj::linear_logprob", mutates_args=())

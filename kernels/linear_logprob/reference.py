@@ -8,11 +8,19 @@ With z = h W^T / temperature over the valid rows of W, p = softmax(z), lse = log
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 CHUNK_LOGITS = 1 << 22  # logits held at once: 16 MiB in fp32
+
+
+class Kept(NamedTuple):
+    """What the forward pass of a single chunk leaves for its backward pass, of the N tokens that count."""
+
+    shares_NV: Tensor  # exp(z - highest z)
+    total_N: Tensor  # their sum
 
 
 def _chunks(tokens_N: Tensor, num_rows: int) -> Iterator[Tensor]:
@@ -23,9 +31,16 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _logits(hidden: Tensor, weight_wide: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    logits = hidden[tokens].to(weight_wide.dtype) @ weight_wide.t()
+def _logits(hidden_N: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    logits = hidden_N @ weight.t()
     return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _rows(targets_N: Tensor, vocab_start: int, valid_rows: int) -> tuple[Tensor, Tensor]:
+    """The targets' rows of this shard, 0 where they are not on it; and whether they are."""
+    local = targets_N - vocab_start
+    here = (local >= 0) & (local < valid_rows)
+    return local.where(here, 0), here
 
 
 def _active(targets: Tensor, mask: Tensor | None) -> Tensor:
@@ -43,8 +58,13 @@ def forward(
     valid_rows: int,
     temperature: float,
     entropy: bool,
+    keep: list[Kept] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """lse, target logit and entropy of each token over this shard, [T] fp32 (fp64 for fp64 hidden states)."""
+    """lse, target logit and entropy of each token over this shard, [T] fp32 (fp64 for fp64 hidden states).
+
+    ``keep``: takes what spares ``backward`` a product and an exponential, where one chunk is all there is (so never
+    more than CHUNK_LOGITS numbers) and no entropy is asked for.
+    """
     wide = _wide(hidden_TD.dtype)
     lse, target, spread = hidden_TD.new_zeros((3, targets_T.shape[0]), dtype=wide).unbind(0)
     tokens_N = _active(targets_T, mask_T)
@@ -53,17 +73,18 @@ def forward(
         return lse.clone(), target.clone(), spread.clone()
     weight = weight_VD[:valid_rows].to(wide)
     for tokens in _chunks(tokens_N, valid_rows):
-        logits = _logits(hidden_TD, weight, tokens, temperature)
-        local = targets_T[tokens] - vocab_start
-        here = (local >= 0) & (local < valid_rows)
-        picked = logits.gather(1, local.clamp(0, valid_rows - 1)[:, None]).squeeze(1)
-        target[tokens] = torch.where(here, picked, 0.0)
+        logits = _logits(hidden_TD[tokens].to(wide), weight, temperature)
+        local, here = _rows(targets_T[tokens], vocab_start, valid_rows)
+        target[tokens] = logits.gather(1, local[:, None]).squeeze(1).where(here, 0.0)
         highest = logits.amax(-1, keepdim=True)
-        shares = torch.exp(logits.sub_(highest))
+        logits.sub_(highest)
+        shares = torch.exp(logits) if entropy else logits.exp_()
         total = shares.sum(-1)
         lse[tokens] = highest.squeeze(1) + total.log()
         if entropy:
             spread[tokens] = total.log() - shares.mul_(logits).sum(-1) / total
+        elif keep is not None and tokens.shape == tokens_N.shape:
+            keep.append(Kept(shares, total))
     return lse.clone(), target.clone(), spread.clone()
 
 
@@ -81,8 +102,9 @@ def backward(
     valid_rows: int,
     temperature: float,
     entropy: bool,
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden_TD and weight_VD; the logits are computed again, chunk by chunk."""
+    """Gradients of hidden_TD and weight_VD; unless ``kept``, the logits are computed again, chunk by chunk."""
     wide = _wide(hidden_TD.dtype)
     dhidden = torch.zeros(hidden_TD.shape, dtype=hidden_TD.dtype, device=hidden_TD.device)
     dweight = torch.zeros(weight_VD.shape, dtype=wide, device=weight_VD.device)
@@ -90,19 +112,21 @@ def backward(
         return dhidden, dweight.to(weight_VD.dtype)
     weight = weight_VD[:valid_rows].to(wide)
     for tokens in _chunks(_active(targets_T, mask_T), valid_rows):
-        logits = _logits(hidden_TD, weight, tokens, temperature)
-        probs = torch.exp(logits - lse_T[tokens, None])
-        if entropy:
-            surprise = logits.sub_((lse_T - spread_T)[tokens, None])  # log p + H
-            dlogits = probs.mul_(surprise.mul_(dspread_T[tokens, None]).neg_().add_(dlse_T[tokens, None]))
+        hidden = hidden_TD[tokens].to(wide)
+        if kept is not None:
+            dlogits = kept.shares_NV * (dlse_T[tokens] / kept.total_N)[:, None]
         else:
-            dlogits = probs.mul_(dlse_T[tokens, None])
-        local = targets_T[tokens] - vocab_start
-        here = (local >= 0) & (local < valid_rows)
-        add = torch.where(here, dtarget_T[tokens].to(wide), 0.0)
-        dlogits.scatter_add_(1, local.clamp(0, valid_rows - 1)[:, None], add[:, None])
+            logits = _logits(hidden, weight, temperature)
+            probs = torch.exp(logits - lse_T[tokens, None])
+            if entropy:
+                surprise = logits.sub_((lse_T - spread_T)[tokens, None])  # log p + H
+                dlogits = probs.mul_(surprise.mul_(dspread_T[tokens, None]).neg_().add_(dlse_T[tokens, None]))
+            else:
+                dlogits = probs.mul_(dlse_T[tokens, None])
+        local, here = _rows(targets_T[tokens], vocab_start, valid_rows)
+        dlogits.scatter_add_(1, local[:, None], dtarget_T[tokens].to(wide).where(here, 0.0)[:, None])
         if temperature != 1.0:
             dlogits.div_(temperature)
         dhidden[tokens] = (dlogits @ weight).to(dhidden.dtype)
-        dweight[:valid_rows].addmm_(dlogits.t(), hidden_TD[tokens].to(wide))
+        dweight[:valid_rows].addmm_(dlogits.t(), hidden)
     return dhidden, dweight.to(weight_VD.dtype)
