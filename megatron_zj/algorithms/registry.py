@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from megatron_zj.algorithms.dpo import DPO
 from megatron_zj.algorithms.ppo import PPO, PPORoles
 from megatron_zj.algorithms.pretrain import NextToken
 from megatron_zj.algorithms.reward import RankedGroups
@@ -13,6 +14,7 @@ from megatron_zj.algorithms.shaping import Decode, ScoreScale, Shaping
 from megatron_zj.algorithms.supervised import Supervised, SupervisedObjective
 from megatron_zj.config.algorithm import (
     AlgorithmConfig,
+    DPOConfig,
     OnPolicyConfig,
     PPOConfig,
     PretrainConfig,
@@ -85,7 +87,7 @@ def _for(kind: type[C], build: Callable[[C, Parts], Algorithm]) -> Builder:
 def _supervised(config: PretrainConfig | SFTConfig | RewardConfig, parts: Parts) -> Supervised:
     objective: SupervisedObjective = NextToken()
     if isinstance(config, RewardConfig):
-        objective = RankedGroups(config.centering)
+        objective = RankedGroups(config.centering, config.loss, config.margin)
     return Supervised(
         parts.roles["model"],
         objective,
@@ -102,9 +104,15 @@ def _ppo(config: PPOConfig, parts: Parts) -> PPO:
     return PPO(config, roles, parts.stream, rollout, parts.world, parts.seed, parts.timers, shaping)
 
 
+def _dpo(config: DPOConfig, parts: Parts) -> DPO:
+    actor, reference = parts.roles["actor"], parts.roles["reference"]
+    return DPO(config, actor, reference, parts.stream, parts.world, parts.timers, parts.validation)
+
+
 BUILDERS: dict[str, Builder] = {
     PretrainConfig.kind: _for(PretrainConfig, _supervised),
     SFTConfig.kind: _for(SFTConfig, _supervised),
     RewardConfig.kind: _for(RewardConfig, _supervised),
     PPOConfig.kind: _for(PPOConfig, _ppo),
+    DPOConfig.kind: _for(DPOConfig, _dpo),
 }

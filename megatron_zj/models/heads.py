@@ -30,7 +30,11 @@ from megatron_zj.models.transformer_config import LlamaConfig
 if TYPE_CHECKING:
     from megatron_zj.data.packing import PackedBatch
 
-GIVES: dict[HeadKind, tuple[Want, ...]] = {"lm": ("logprobs", "entropy"), "value": ("values",), "score": ("scores",)}
+GIVES: dict[HeadKind, tuple[Want, ...]] = {
+    "lm": ("logprobs", "entropy"),
+    "value": ("values",),
+    "score": ("scores", "values"),
+}
 
 
 def check_wants(head: HeadKind, wants: Sequence[Want]) -> None:
@@ -149,7 +153,7 @@ class ValueHead(ScalarHead):
 
 
 class ScoreHead(ScalarHead):
-    """One score a sequence, read at its last token: the reward model.
+    """One score a sequence, read at its last token, or the same map of every token: the reward model.
 
     It applies the final norm itself, to the tokens it reads.
     """
@@ -157,31 +161,51 @@ class ScoreHead(ScalarHead):
     def __init__(self, config: LlamaConfig, pg_collection: ProcessGroupCollection) -> None:
         super().__init__(config, pg_collection, bias=True)
 
-    def forward(self, hidden: Tensor, packed: PackedBatch, norm_weight: Tensor) -> dict[Want, Tensor]:
+    def forward(
+        self, hidden: Tensor, packed: PackedBatch, norm_weight: Tensor, wants: Sequence[Want] = ("scores",)
+    ) -> dict[Want, Tensor]:
         """``scores`` [R] fp32, the same on all tp and cp ranks; ``hidden`` before the final norm.
+
+        ``values``: the score that each of the [T] slots would give if its row ended there.
 
         Backward sums the gradients that the cp ranks give to their copies of a score: a loss over scores must be
         counted on one cp rank, or by 1 / cp on each.
         """
-        last, bias = packed.last, self.bias
+        outputs: dict[Want, Tensor] = {}
+        if "values" in wants:
+            slots = torch.arange(hidden.shape[0], device=hidden.device)
+            values_T = self._read(hidden, slots, norm_weight)
+            if self.sequence_parallel:
+                values_T = gather_from_sequence_parallel_region(
+                    values_T, tensor_parallel_output_grad=False, group=self.tp_group
+                )
+            outputs["values"] = values_T
+        if "scores" in wants:
+            outputs["scores"] = self._scores(hidden, packed.last, norm_weight)
+        return outputs
+
+    def _scores(self, hidden: Tensor, last: Tensor, norm_weight: Tensor) -> Tensor:
         if self.sequence_parallel:
             start = self.tp_group.rank() * hidden.shape[0]
             inside = (last >= start) & (last < start + hidden.shape[0])
             last = torch.where(inside, last - start, -1)
-        with self.config.kernel_backend():
-            scores_R = reward_head(
-                hidden.squeeze(1),
-                last,
-                self.weight,
-                bias,
-                norm_weight_D=norm_weight,
-                eps=self.config.layernorm_epsilon,
-            )
+        scores_R = self._read(hidden, last, norm_weight)
         if self.sequence_parallel:
             scores_R = _sum_over(scores_R, self.tp_group, sum_gradients=False)
         if self.cp_group.size() > 1:
             scores_R = _sum_over(scores_R, self.cp_group, sum_gradients=True)
-        return {"scores": scores_R}
+        return scores_R
+
+    def _read(self, hidden: Tensor, slots: Tensor, norm_weight: Tensor) -> Tensor:
+        with self.config.kernel_backend():
+            return reward_head(
+                hidden.squeeze(1),
+                slots,
+                self.weight,
+                self.bias,
+                norm_weight_D=norm_weight,
+                eps=self.config.layernorm_epsilon,
+            )
 
 
 def _sum_over(values_R: Tensor, group: Any, sum_gradients: bool) -> Tensor:

@@ -96,7 +96,7 @@ class LlamaStage(GPTModel):  # type: ignore[misc]
         if self.head == "value":
             outputs = self.output_layer(hidden)
         elif self.head == "score":
-            outputs = self.output_layer(hidden, packed, self.decoder.final_layernorm.weight)
+            outputs = self.output_layer(hidden, packed, self.decoder.final_layernorm.weight, wants)
         else:
             outputs = self.output_layer(hidden, packed, wants, temperature, self._tied_weight())
         return outputs

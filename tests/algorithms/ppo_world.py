@@ -93,6 +93,7 @@ def build_roles(
     engine: EngineConfig,
     placements: dict[str, PlacementConfig],
     where: dict[str, str],
+    trained: Sequence[str] = ("actor", "critic"),
 ) -> dict[str, Role]:
     """The framework's roles with fresh weights.  ``where``: role -> placement, "all" by default."""
     world, exchange, host = World.current(), Exchange(), torch.device("cpu")
@@ -101,7 +102,7 @@ def build_roles(
     roles = {}
     for name in names:
         placement = built[where.get(name, "all")]
-        optim = OPTIM if name in ("actor", "critic") else None
+        optim = OPTIM if name in trained else None
         made = None
         if placement.groups is not None:
             made = build_engine(MODEL, HEADS[name], placement.groups, engine, optim, 100, host, SEEDS[name])

@@ -64,3 +64,39 @@ def test_a_pack_of_padding_weighs_nothing() -> None:
     terms = RankedGroups(0.1)({"scores": torch.zeros(0, requires_grad=True)}, empty)
     assert terms.loss.item() == 0
     assert int(RankedGroups().weight(empty)) == 0
+
+
+def _loss(objective: RankedGroups, outputs: dict[str, torch.Tensor]) -> float:
+    packed = _packed()
+    return float(objective(outputs, packed).loss) / float(objective.weight(packed))
+
+
+def test_plackett_luce_of_two_is_the_pair_loss_and_of_many_the_chain_of_choices() -> None:
+    scores = [0.4, -1.0, 0.7, 0.1]  # by rank, best first
+    lengths = [2] * 4
+    rows = Rows.of([[1] * length for length in lengths])
+
+    def loss(kind: str, ranks: list[int]) -> float:
+        fields = {"group": torch.zeros(len(ranks), dtype=torch.int64), "rank": torch.tensor(ranks)}
+        batch = Batch(rows.select(range(len(ranks))), {}, fields)
+        packed = pack(batch, list(range(len(ranks))))
+        return float(RankedGroups(0.0, kind)({"scores": torch.tensor(scores[: len(ranks)])}, packed).loss)  # type: ignore[arg-type]
+
+    assert loss("plackett_luce", [0, 1]) == pytest.approx(loss("pairs", [0, 1]))
+    exponents = [math.exp(score) for score in scores]
+    chain = -sum(math.log(exponents[at] / sum(exponents[at:])) for at in range(3))
+    assert loss("plackett_luce", [0, 1, 2, 3]) == pytest.approx(chain / 3)
+    # a tie for the first place: each is chosen against the worse ones, not against the other
+    tied = -sum(math.log(exponents[at] / (exponents[at] + exponents[2] + exponents[3])) for at in (0, 1))
+    tied -= math.log(exponents[2] / sum(exponents[2:]))
+    assert loss("plackett_luce", [0, 0, 1, 2]) == pytest.approx(tied / 3)
+
+
+def test_a_margin_asks_for_more_where_the_ranks_are_farther_apart() -> None:
+    expected = 0.0
+    for group in (4, 7):
+        rows = [row for row, own in enumerate(GROUPS) if own == group]
+        pairs = [(a, b) for a in rows for b in rows if RANKS[a] < RANKS[b]]
+        gaps = [0.5 * (RANKS[b] - RANKS[a]) + float(SCORES[b] - SCORES[a]) for a, b in pairs]
+        expected += sum(math.log1p(math.exp(gap)) for gap in gaps) / len(pairs)
+    assert _loss(RankedGroups(margin=0.5), {"scores": SCORES}) == pytest.approx(expected / 2, abs=1e-6)
