@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any, ClassVar, Literal
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 Backend = Literal["triton", "torch"]
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # once: torch.compile traces through ``backend_of``
 
 
 class Registry:
@@ -76,18 +77,18 @@ def backend_of(tensor: Tensor) -> Backend:
     return "triton"
 
 
-def eager(backend: Backend) -> bool:
-    """Whether an op may go around ``torch.library``: its torch form, outside torch.compile.
+def eager(tensor: Tensor, backend: Backend) -> bool:
+    """Whether an op on this tensor goes around ``torch.library``: the torch form on the CPU, outside torch.compile.
 
-    An ``autograd.Function`` over the reference costs a tenth of a registered op's call, and may keep for its backward
-    pass what the registered schema has no place for.  Both give the same numbers.
+    An ``autograd.Function`` over the reference is called for a tenth of a registered op's price, and may keep for its
+    backward pass what the registered schema has no place for.  Both give the same numbers.
     """
-    return backend == "torch" and not torch.compiler.is_compiling()
+    return backend == "torch" and not tensor.is_cuda and not torch.compiler.is_compiling()
 
 
 def has_triton() -> bool:
     """Whether the package triton is installed."""
-    return importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON
 
 
 def interpreting() -> bool:
@@ -101,12 +102,14 @@ def triton_form(op: str) -> ModuleType:
 
 
 def launch(kernel: Any, grid: Sequence[int], *args: Any, **meta: Any) -> None:
-    """Run a Triton kernel over ``grid`` and count it; a grid with a zero does nothing."""
+    """Run a Triton kernel over ``grid``, on its arguments' device, and count it; a grid with a zero does nothing."""
     if 0 in grid:
         return
     if Registry.recording:
         Registry.launches[kernel.fn.__name__] += 1
-    kernel[tuple(grid)](*args, **meta)
+    device = next((arg.device for arg in args if isinstance(arg, Tensor)), None)
+    with torch.cuda.device(device) if device is not None and device.type == "cuda" else nullcontext():
+        kernel[tuple(grid)](*args, **meta)
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def linear_logprob_partials(
     checks.require(0 <= valid <= rows, f"valid_rows must be 0 .. {rows}, got {valid}")
     backend = dispatch.backend_of(hidden_TD)
     settings = (vocab_start, valid, float(temperature), entropy)
-    if dispatch.eager(backend):
+    if dispatch.eager(hidden_TD, backend):
         return Partials(*_Eager.apply(hidden_TD, weight_VD, targets_T, mask_T, settings))
     return Partials(*_partials(hidden_TD, weight_VD, targets_T, mask_T, *settings, backend))
 

@@ -27,7 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     _check(x, weight, eps)
     backend = dispatch.backend_of(x)
-    if dispatch.eager(backend):
+    if dispatch.eager(x, backend):
         return _Eager.apply(x, weight, float(eps))
     return _rms_norm(x, weight, float(eps), backend)[0]
 
@@ -52,7 +52,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     checks.require(residual.dtype == x.dtype, f"residual must be {x.dtype} like x, got {residual.dtype}")
     checks.require_same_device(x=x, residual=residual)
     backend = dispatch.backend_of(x)
-    if dispatch.eager(backend):
+    if dispatch.eager(x, backend):
         return _EagerSum.apply(x, residual, weight, float(eps))
     y, total, _ = _add_rms_norm(x, residual, weight, float(eps), backend)
     return y, total

@@ -28,7 +28,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     even = gate_up.dim() >= 1 and gate_up.shape[-1] % 2 == 0
     checks.require(even, f"the last dimension must hold gate and up, got {list(gate_up.shape)}")
     backend = dispatch.backend_of(gate_up)
-    return _Eager.apply(gate_up) if dispatch.eager(backend) else _swiglu(gate_up, backend)
+    return _Eager.apply(gate_up) if dispatch.eager(gate_up, backend) else _swiglu(gate_up, backend)
 
 
 class _Eager(torch.autograd.Function):
