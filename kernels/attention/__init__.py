@@ -62,9 +62,28 @@ def attention(
     ends_k = checks.host_ends(cu_seqlens_k, cu_seqlens_k_list, k_SKD.shape[0], "cu_seqlens_k")
     scale = q_THD.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     backend = dispatch.backend_of(q_THD)
+    if dispatch.eager(q_THD, backend):
+        host = _host(cu_seqlens_q, cu_seqlens_k, q_slots, ends_q, ends_k)
+        return _Eager.apply(q_THD, k_SKD, v_SKD, (*host, scale, causal, window or 0))
     return _attention(
         q_THD, k_SKD, v_SKD, cu_seqlens_q, cu_seqlens_k, q_slots, ends_q, ends_k, scale, causal, window or 0, backend
     )
+
+
+class _Eager(torch.autograd.Function):
+    """The torch form."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, settings: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        out, lse = reference.forward(q, k, v, *settings)
+        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.settings = settings
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Any, ...]:
+        return *reference.backward(dout.contiguous(), *ctx.saved_tensors, *ctx.settings), None
 
 
 def decode_attention(
@@ -128,8 +147,8 @@ def _dense(
         q.flatten(0, 1),
         k.flatten(0, 1),
         v.flatten(0, 1),
-        torch.tensor(ends_q, dtype=torch.int32, device=q.device),
-        torch.tensor(ends_k, dtype=torch.int32, device=q.device),
+        torch.arange(rows + 1, dtype=torch.int32, device=q.device) * q.shape[1],
+        torch.arange(rows + 1, dtype=torch.int32, device=q.device) * k.shape[1],
         causal=causal,
         softmax_scale=scale,
         window=window,

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import dispatch
 from kernels.attention import attention, decode_attention
 from kernels.gae import gae
 from kernels.linear_logprob import linear_logprob
@@ -113,7 +112,7 @@ def test_compiled_without_a_graph_break_equals_eager(backend: str) -> None:
 
 
 def test_shapes_on_cuda_are_known_without_a_gpu() -> None:
-    with torch._subclasses.FakeTensorMode(), dispatch.use("torch"):
+    with torch._subclasses.FakeTensorMode():
         q, k = (torch.empty(7, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2))
         out, lse = attention(q, k, k, torch.empty(3, device="cuda", dtype=torch.int32))
         logprob, _ = linear_logprob(
