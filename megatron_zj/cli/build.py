@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,7 @@ class Run:
     algorithm: Algorithm
     callbacks: list[Callback]
     timers: Timers
+    describe: Callable[[int], str]  # the file and record of a draw
 
 
 def build_run(config: RunConfig, process: Process) -> Run:
@@ -69,7 +70,8 @@ def build_run(config: RunConfig, process: Process) -> Run:
             logger.info("resuming from %s", resumed)
             algorithm.load_state_dict(load(resumed, engines, tokenizer=tokenizer.fingerprint()))
     checkpointer = Checkpointer(root, config.checkpoint, ManifestInfo(to_dict(config), tokenizer))
-    return Run(algorithm, build_callbacks(config, process, algorithm, checkpointer, engines, timers), timers)
+    callbacks = build_callbacks(config, process, algorithm, checkpointer, engines, timers)
+    return Run(algorithm, callbacks, timers, parts.stream.describe)
 
 
 def checked_tokenizer(config: RunConfig) -> Tokenizer:

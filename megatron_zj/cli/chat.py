@@ -51,6 +51,11 @@ def talk(model: LoadedModel, sampling: SamplingConfig, source: TextIO, screen: T
             messages = messages[2:]
             prompt = render_prompt(messages, model.template, model.tokenizer)
             screen.write("(the first turns no longer fit and are forgotten)\n")
+        if len(prompt) + sampling.max_new_tokens > model.info.model.max_position_embeddings:
+            room = model.info.model.max_position_embeddings - sampling.max_new_tokens
+            screen.write(f"(not sent: that is {len(prompt)} tokens, and there is room for {room})\n")
+            messages.pop()
+            continue
         text, _finished = model.answers([prompt], sampling)[0]
         screen.write(text + "\n")
         if text.strip():

@@ -35,10 +35,10 @@ def main(argv: Sequence[str]) -> int:
 
 def generate_answers(config: InferenceConfig, process: Process) -> None:
     """Collective over the world; rank 0 writes, and the file appears whole or not at all."""
-    model = LoadedModel(config, process)
     found = read_raw(config.data.files, "prompts", config.data.format, config.data.on_bad_record)
     records = [record for record in found if isinstance(record, PromptRecord)]
     records = records[: config.limit] if config.limit else records
+    model = LoadedModel(config, process)
     prompts = [render_prompt(record.messages, model.template, model.tokenizer) for record in records]
     bar = progress_bar(process, len(prompts), 0, "answers")
 

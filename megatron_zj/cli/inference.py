@@ -18,6 +18,7 @@ from megatron_zj.config.algorithm import SamplingConfig
 from megatron_zj.config.inference import InferenceConfig
 from megatron_zj.config.loader import ConfigError
 from megatron_zj.config.loader import load as load_config
+from megatron_zj.config.model import HeadKind
 from megatron_zj.data.batch import Batch, Rows
 from megatron_zj.data.chat import ChatTemplate, chat_template
 from megatron_zj.data.tokenizer import Tokenizer, load_tokenizer
@@ -30,6 +31,7 @@ from megatron_zj.rollout.generate import Rollout
 from megatron_zj.runtime.distributed import Process
 
 CHUNK_ROWS = 256  # rows a role call, so that progress can be shown
+_SHOWN = 30  # characters of a prompt in a message
 
 
 def compose_inference(overrides: Sequence[str]) -> InferenceConfig:
@@ -46,7 +48,7 @@ class LoadedModel:
             raise ConfigError([f"checkpoint.load: no complete checkpoint in {config.checkpoint.load}"])
         manifest = read_manifest(folder)
         name, info = _pick_role(manifest.roles, config.checkpoint.role, folder)
-        self.folder, self.step, self.info = folder, manifest.step, info
+        self.folder, self.step, self.name, self.info = folder, manifest.step, name, info
         self.tokenizer: Tokenizer = load_tokenizer(folder / TOKENIZER)
         self.template: ChatTemplate = chat_template(config.data.template or _trained_template(manifest.config))
         self.world, self.process, self.seed = World.current(), process, config.run.seed
@@ -67,6 +69,8 @@ class LoadedModel:
         on_progress: Callable[[int], None] | None = None,
     ) -> list[list[int]]:
         """Sampled ids after each prompt, the stop token included when there is one."""
+        self._require("lm", "answers")
+        self._require_room(prompts, sampling.max_new_tokens)
         rollout = Rollout(sampling, frozenset({self.tokenizer.eos_id}), self.seed)
         answers: list[list[int]] = []
         for start, chunk in _chunks(prompts):
@@ -92,6 +96,7 @@ class LoadedModel:
 
     def option_logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
         """Sum of the log-probabilities (nats) of each option's ids after its prompt's."""
+        self._require("lm", "log-probabilities")
         sums: list[float] = []
         for _, chunk in _chunks(pairs):
             local, _first = self._share(chunk)
@@ -105,6 +110,7 @@ class LoadedModel:
 
     def scores(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """The reward head's score of each whole row."""
+        self._require("score", "scores")
         found: list[float] = []
         for _, chunk in _chunks(rows):
             local, _first = self._share(chunk)
@@ -113,6 +119,28 @@ class LoadedModel:
                 raise TypeError("expected a value a row")
             found += gather_in_order(scores.tolist())
         return found
+
+    def _require(self, head: HeadKind, what: str) -> None:
+        if self.info.head != head:
+            kinds = {"lm": "a language model", "score": "a reward model", "value": "a critic"}
+            raise ConfigError(
+                [
+                    f"checkpoint.load: {self.name!r} of {self.folder} is {kinds[self.info.head]} and gives no {what}; "
+                    f"load {kinds[head]}, or set checkpoint.role to one"
+                ]
+            )
+
+    def _require_room(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        positions = self.info.model.max_position_embeddings
+        for number, prompt in enumerate(prompts, start=1):
+            if len(prompt) + max_new_tokens > positions:
+                raise ConfigError(
+                    [
+                        f"prompt {number} ({self.text(prompt)[:_SHOWN]!r} ...) has {len(prompt)} tokens, and with "
+                        f"sampling.max_new_tokens = {max_new_tokens} that is more than the model's {positions} "
+                        "positions; shorten the prompt or lower sampling.max_new_tokens"
+                    ]
+                )
 
     def _share(self, items: Sequence[Any]) -> tuple[Sequence[Any], int]:
         """This rank's contiguous part, and where it starts."""
@@ -126,7 +154,7 @@ class LoadedModel:
         if longest > self.info.model.max_position_embeddings:
             raise ValueError(
                 f"a row of {longest} tokens is longer than the model's {self.info.model.max_position_embeddings} "
-                "positions; shorten it, or set data.overlong=truncate"
+                "positions; shorten it, or leave it out"
             )
         return WorldBatch.gather(Batch(tokens, {}, {"sample_id": sample_ids}))
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import importlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 from megatron_zj.config.loader import ConfigError
 
@@ -72,8 +74,9 @@ def guarded(command: Callable[[list[str]], int], argv: Sequence[str]) -> int:
             traceback.print_exc()
             if not debug:
                 sys.stderr.write("\nThis is a fault of the program, not of your input: please report the text above.\n")
-        elif not isinstance(error, ConfigError) or _is_first_rank():
-            sys.stderr.write(_message(error))
+        elif not isinstance(error, ConfigError) or _runtime().rank_of_environment() == 0:
+            # every rank reads the same configuration and finds the same fault: one of them says it
+            _say(error)
         return 1
 
 
@@ -82,13 +85,20 @@ def _command(name: str) -> Callable[[list[str]], int]:
     return command
 
 
-def _is_first_rank() -> bool:
-    """Every rank reads the same configuration and finds the same fault: one of them says it.
+def _say(error: BaseException) -> None:
+    """The message on standard error and, under torchrun, in its closing report."""
+    runtime = _runtime()
+    if isinstance(error, runtime.LeftError):
+        sys.stderr.write(f"{error}\n")
+        return
+    message = _message(error)
+    sys.stderr.write(message)
+    runtime.tell_launcher(message)
 
-    Imported here, when something is wrong: ``zj --help`` need not wait for torch.
-    """
-    runtime = importlib.import_module("megatron_zj.runtime.distributed")
-    return int(runtime.rank_of_environment()) == 0
+
+def _runtime() -> ModuleType:
+    """Imported when something is wrong: ``zj --help`` need not wait for torch."""
+    return importlib.import_module("megatron_zj.runtime.distributed")
 
 
 def _is_users(error: BaseException) -> bool:
@@ -101,6 +111,8 @@ def _message(error: BaseException) -> str:
     lines = (str(error).strip() or type(error).__name__).splitlines()
     if isinstance(error, OSError) and error.strerror and error.filename:
         lines = [f"{error.filename}: {error.strerror}"]
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        lines.append("free some space, or set run.dir to another disk; the checkpoints saved before are complete")
     if len(lines) > _MAX_LINES:
         lines = [*lines[:_MAX_LINES], f"... {len(lines) - _MAX_LINES} more lines"]
     first, rest = lines[0], "".join(f"  {line}\n" for line in lines[1:])

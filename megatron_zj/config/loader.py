@@ -219,7 +219,9 @@ def _load_dataclass(schema: type[Any], value: Any, path: str, problems: list[str
             loaded[key] = _load(hints[key], item, _join(path, key), problems)
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and name not in value:
+        if required and name not in value and dataclasses.is_dataclass(hints[name]):
+            _load(hints[name], {}, _join(path, name), problems)  # names what is missing inside
+        elif required and name not in value:
             problems.append(f"{_join(path, name)}: missing")
     if len(problems) > found:
         return _INVALID

@@ -146,10 +146,10 @@ def report(counts: Counts, files: Sequence[str]) -> None:
     _log.info("%d records, %d units, %d tokens from %s", counts.records, counts.units, counts.tokens, ", ".join(files))
     if counts.bad or counts.too_long or counts.shortened:
         _log.warning(
-            "left out: %d bad, %d too long; shortened: %d (of %d records)\n%s",
+            "left out: %d bad, %d too long; shortened: %d (of %d records)%s",
             counts.bad,
             counts.too_long,
             counts.shortened,
             counts.records,
-            "\n".join(f"  {complaint}" for complaint in counts.first_bad),
+            "".join(f"\n  {complaint}" for complaint in counts.first_bad),
         )

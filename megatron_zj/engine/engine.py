@@ -22,7 +22,7 @@ from megatron_zj.engine.microbatches import MicroBatches, rows_from_packs, score
 from megatron_zj.engine.objective import LossTerms, Metrics, Objective
 from megatron_zj.engine.offload import HostCopy
 from megatron_zj.engine.optimizer import Optimizer
-from megatron_zj.engine.totals import MicroBatchSums, NonFiniteError, Totals, require_finite, total
+from megatron_zj.engine.totals import MicroBatchSums, nonfinite, require_finite, total
 from megatron_zj.parallel.groups import ParallelGroups, placement_world
 from megatron_zj.runtime.seed import keyed_seed
 
@@ -124,15 +124,15 @@ class Engine:
         self._train_mode(True)
         sums = self._run(self._loss_step(objective), micro, forward_only=False)
         result = total(sums, self.groups, self.device)
-        averages = self._checked(result, sums, micro)
+        averages = result.averages()
+        if self.config.check_for_nan:
+            require_finite(result, sums, micro, batch, self.groups)
         loss_scale = self.optimizer.loss_scale
         try:
             report = self.optimizer.step(self.config.check_for_nan)
         except FloatingPointError as error:
-            raise NonFiniteError(
-                f"step {self.num_updates}: {error} although the loss is {averages['loss']:.6g}. The weights are those "
-                "before this step. Lower optim.lr, or set engine.check_for_nan=false to go on"
-            ) from None
+            what = f"{error} although the loss is {averages['loss']:.6g}"
+            raise nonfinite(what, (), range(batch.num_rows), batch, self.groups) from None
         self.num_updates += 1
         return {
             **averages,
@@ -141,12 +141,6 @@ class Engine:
             "skipped": float(report.skipped),
             "loss_scale": loss_scale,
         }
-
-    def _checked(self, result: Totals, sums: list[MicroBatchSums], micro: MicroBatches) -> Metrics:
-        averages = result.averages()
-        if self.config.check_for_nan:
-            require_finite(result, self.num_updates, sums, micro, self.groups)
-        return averages
 
     def _loss_step(self, objective: Objective) -> Any:
         """Megatron-core's forward step: the stage's output, and a function from it to (loss, weight, sums)."""

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_zj.data.batch import Batch
 from megatron_zj.engine.microbatches import MicroBatches
 from megatron_zj.engine.objective import LossTerms, Metrics
 from megatron_zj.parallel.collectives import broadcast_floats, gather_objects
 from megatron_zj.parallel.groups import ParallelGroups
 
+_MAX_PLACES = 4  # micro-batches that a message names
+
 
 class NonFiniteError(RuntimeError):
     """A NaN or Inf loss or gradient: raised on every rank of the placement, before any weight was touched."""
+
+    def __init__(self, message: str, draws: Sequence[int] = ()) -> None:
+        """``draws``: the ``draw`` of the rows that may be at fault, as far as they bear one; see Stream.describe."""
+        super().__init__(message)
+        self.draws = tuple(draws)
 
 
 @dataclass(frozen=True)
@@ -81,21 +91,29 @@ def total(sums: list[MicroBatchSums], groups: ParallelGroups, device: torch.devi
 
 
 def require_finite(
-    result: Totals, step: int, sums: list[MicroBatchSums], micro: MicroBatches, groups: ParallelGroups
+    result: Totals, sums: list[MicroBatchSums], micro: MicroBatches, batch: Batch, groups: ParallelGroups
 ) -> None:
-    """Raise NonFiniteError, with the step and the rows that did it, on all ranks alike."""
+    """Raise NonFiniteError, with the rows that did it, on all ranks alike."""
     if math.isfinite(result.loss):
         return
-    guilty = [
-        f"data-parallel shard {groups.dp_rank}, {micro.describe(index)} (loss {float(one.loss)})"
-        for index, one in enumerate(sums)
-        if not math.isfinite(float(one.loss))
-    ]
-    everyone = gather_objects(guilty, groups.world)
-    named = sorted({line for lines in everyone if isinstance(lines, list) for line in lines})
-    raise NonFiniteError(
-        f"step {step}: the loss is {result.loss}; " + "; ".join(named) + ". The weights are those before this step. "
-        "Look at these rows, lower optim.lr, or set engine.check_for_nan=false to go on"
+    guilty = [index for index, one in enumerate(sums) if not math.isfinite(float(one.loss))]
+    rows = [row for index in guilty for row in micro.packs[index].row_ids]
+    where = [f"data-parallel shard {groups.dp_rank}, {micro.describe(index)}" for index in guilty]
+    raise nonfinite(f"the loss is {result.loss}", where, rows, batch, groups)
+
+
+def nonfinite(
+    what: str, where: Sequence[str], row_ids: Sequence[int], batch: Batch, groups: ParallelGroups
+) -> NonFiniteError:
+    """The error about some rows of each shard's batch, the same on all ranks of the placement (collective over it)."""
+    draws = batch.per_row["draw"][list(row_ids)].tolist() if "draw" in batch.per_row else []
+    heard = cast(list[tuple[list[str], list[int]]], gather_objects((list(where), draws), groups.world))
+    places = sorted({place for places, _ in heard for place in places})
+    text = f"{what} ({'; '.join(places[:_MAX_PLACES])})" if places else what
+    return NonFiniteError(
+        f"{text}. The weights are those before this step. Lower optim.lr, look at the data, or set "
+        "engine.check_for_nan=false to go on",
+        sorted({draw for _, draws in heard for draw in draws}),
     )
 
 

@@ -11,6 +11,7 @@ that says it aloud.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import select
@@ -154,6 +155,12 @@ class Heartbeat:
         with self._report_lock:
             first, self._reported = not self._reported, True
             return first
+
+    def claim_error(self, text: str) -> bool:
+        """True on the first rank that fails with this message: it tells it, the others only leave."""
+        with contextlib.suppress(RuntimeError):  # the store may be gone: better told twice than never
+            return int(self._store.add(f"error/{hashlib.sha256(text.encode()).hexdigest()}", 1)) == 1
+        return True
 
     def _run(self) -> None:
         watched = (self._rank + 1) % self._world_size

@@ -6,11 +6,14 @@ Started by torchrun (or anything that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -33,6 +36,10 @@ class RankLostError(RuntimeError):
     """Another rank died, hung or failed; the message names it and what it was doing."""
 
 
+class LeftError(RankLostError):
+    """This rank ends because of something that another rank tells."""
+
+
 @dataclass(frozen=True)
 class Process:
     """This process's place in the run."""
@@ -48,8 +55,9 @@ class Process:
 def session(device: Literal["auto", "cpu", "cuda"], timeout_seconds: int) -> Iterator[Process]:
     """A whole run: ``start``, the heartbeat, ``stop``.
 
-    An error of this rank leaves unchanged, after the other ranks have been told.  An error that is another rank's
-    (a collective failed because a member was lost) leaves as RankLostError, which names that rank and its phase.
+    An error of this rank leaves unchanged, after the other ranks have been told; where several ranks meet the same
+    one, one of them tells it.  An error that is another rank's (a collective failed because a member was lost) leaves
+    as RankLostError, which names that rank and its phase.
     """
     store, place = _rendezvous(timeout_seconds)
     process = _join(store, place, device, timeout_seconds)
@@ -67,6 +75,8 @@ def session(device: Literal["auto", "cpu", "cuda"], timeout_seconds: int) -> Ite
             raise
         if not _is_collective_failure(error):
             heartbeat.close("failed", _one_line(error))
+            if not heartbeat.claim_error(str(error)):
+                raise LeftError(f"rank {process.rank} leaves: another rank tells the same error") from error
             raise
         if not heartbeat.claim_report():
             raise
@@ -74,7 +84,9 @@ def session(device: Literal["auto", "cpu", "cuda"], timeout_seconds: int) -> Ite
         heartbeat.close("left")
         here = f"this rank ({process.rank}) was in phase {str(process.activity)!r}: {_one_line(error)}"
         reason = f"a collective failed: {text}; {here}"
-        raise RankLostError(reason if aloud else f"rank {process.rank} leaves: another rank was lost") from error
+        if not aloud:
+            raise LeftError(f"rank {process.rank} leaves: another rank was lost") from error
+        raise RankLostError(reason) from error
     if process.world_size > 1:
         heartbeat.close("finished")
         dist.barrier()  # the rank that hosts the store leaves last
@@ -109,6 +121,18 @@ def world_size_of_environment() -> int:
 def rank_of_environment() -> int:
     """This process's rank by its launcher's word; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
+
+
+def tell_launcher(message: str) -> None:
+    """Hand an error message to torchrun, which closes with a long report: there it stands under "Root Cause".
+
+    Without a launcher, nothing happens.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with contextlib.suppress(OSError):  # the message has been printed already
+            Path(path).write_text(json.dumps(content), encoding="utf-8")
 
 
 @dataclass(frozen=True)

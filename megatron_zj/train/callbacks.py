@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from megatron_zj.checkpoint.save import Checkpointer, Saveable
 from megatron_zj.config.checkpoint import CheckpointConfig
 from megatron_zj.engine.objective import Metrics
+from megatron_zj.engine.totals import NonFiniteError
 from megatron_zj.runtime.log import step_line
 from megatron_zj.runtime.memory import peak_memory_mib
 from megatron_zj.runtime.metrics import MetricsLog
@@ -37,7 +39,10 @@ class Evaluates(Protocol):
 
 
 class Validate:
-    """Every ``every`` steps (0: never) and after the last one, adds ``validation/...`` to the step's metrics."""
+    """Every ``every`` steps (0: never) and after the last one, adds ``validation/...`` to the step's metrics.
+
+    Runs before Save: weights whose validation loss is NaN or Inf end the run with NonFiniteError and are not saved.
+    """
 
     def __init__(self, algorithm: Evaluates, every: int, num_steps: int, timers: Timers) -> None:
         self._algorithm, self._every, self._num_steps, self._timers = algorithm, every, num_steps, timers
@@ -47,6 +52,11 @@ class Validate:
         if step == self._num_steps or (self._every and step % self._every == 0):
             with self._timers("validation"):
                 found = self._algorithm.evaluate()
+            if not math.isfinite(found.get("loss", 0.0)):
+                raise NonFiniteError(
+                    f"step {step}: the validation loss is {found['loss']}: the weights after this step are broken and "
+                    "are not saved. Resume from the last checkpoint with a lower optim.lr"
+                )
             metrics.update({f"validation/{name}": value for name, value in found.items()})
             metrics.update(self._timers.pop())
 

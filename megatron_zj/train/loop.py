@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from megatron_zj.engine.objective import Metrics
+from megatron_zj.engine.totals import NonFiniteError
 from megatron_zj.runtime.timers import Timers
+
+_MAX_RECORDS = 12  # that a message names
 
 
 class Algorithm(Protocol):
@@ -35,14 +38,23 @@ class Callback(Protocol):
         """After the last step, or (``completed`` False) when an error ends the run."""
 
 
-def run(algorithm: Algorithm, num_steps: int, callbacks: Sequence[Callback], timers: Timers) -> None:
-    """Step until ``num_steps`` are done, the ones before a resume included."""
+def run(
+    algorithm: Algorithm,
+    num_steps: int,
+    callbacks: Sequence[Callback],
+    timers: Timers,
+    describe: Callable[[int], str] | None = None,
+) -> None:
+    """Step until ``num_steps`` are done, the ones before a resume included.
+
+    ``describe``: the file and record of a draw, for the NonFiniteError that a NaN or Inf loss ends the run with.
+    """
     completed = False
     try:
         while algorithm.num_steps_done < num_steps:
             start = time.perf_counter()
             with timers(f"step {algorithm.num_steps_done + 1}"):
-                metrics = algorithm.step()
+                metrics = _step(algorithm, describe)
             phases = {name: value for name, value in timers.pop().items() if not name.startswith("time/step ")}
             metrics = metrics | phases | {"time/step": time.perf_counter() - start}
             for callback in callbacks:
@@ -51,3 +63,16 @@ def run(algorithm: Algorithm, num_steps: int, callbacks: Sequence[Callback], tim
     finally:
         for callback in callbacks:
             callback.on_end(completed)
+
+
+def _step(algorithm: Algorithm, describe: Callable[[int], str] | None) -> Metrics:
+    """One step; a NaN or Inf loss says at which step, on which records."""
+    try:
+        return algorithm.step()
+    except NonFiniteError as error:
+        lines = [f"step {algorithm.num_steps_done + 1}: {error}"]
+        if describe is not None and error.draws:
+            lines += ["the data of that loss:", *(f"  {describe(draw)}" for draw in error.draws[:_MAX_RECORDS])]
+            if len(error.draws) > _MAX_RECORDS:
+                lines.append(f"  and {len(error.draws) - _MAX_RECORDS} more")
+        raise NonFiniteError("\n".join(lines), error.draws) from error
