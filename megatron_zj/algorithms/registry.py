@@ -7,17 +7,21 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from megatron_zj.algorithms.dpo import DPO
+from megatron_zj.algorithms.grpo import GRPO
 from megatron_zj.algorithms.ppo import PPO, PPORoles
 from megatron_zj.algorithms.pretrain import NextToken
+from megatron_zj.algorithms.rejection import BestOfAll, BestOfN
 from megatron_zj.algorithms.reward import RankedGroups
 from megatron_zj.algorithms.shaping import Decode, ScoreScale, Shaping
 from megatron_zj.algorithms.supervised import Supervised, SupervisedObjective
 from megatron_zj.config.algorithm import (
     AlgorithmConfig,
     DPOConfig,
+    GRPOConfig,
     OnPolicyConfig,
     PPOConfig,
     PretrainConfig,
+    RejectionConfig,
     RewardConfig,
     SamplingConfig,
     SFTConfig,
@@ -109,10 +113,25 @@ def _dpo(config: DPOConfig, parts: Parts) -> DPO:
     return DPO(config, actor, reference, parts.stream, parts.world, parts.timers, parts.validation)
 
 
+def _grpo(config: GRPOConfig, parts: Parts) -> GRPO:
+    roles, rollout, shaping = dict(parts.roles), parts.rollout(config.sampling), parts.shaping(config)
+    return GRPO(config, roles, parts.stream, rollout, parts.world, parts.seed, parts.timers, shaping)
+
+
+def _rejection(config: RejectionConfig, parts: Parts) -> BestOfN | BestOfAll:
+    roles = dict(parts.roles)
+    if config.source == "filter":
+        return BestOfAll(config, roles, parts.stream, parts.world, parts.seed, parts.timers)
+    rollout, shaping = parts.rollout(config.sampling), parts.shaping(config)
+    return BestOfN(config, roles, parts.stream, rollout, parts.world, parts.seed, parts.timers, shaping)
+
+
 BUILDERS: dict[str, Builder] = {
     PretrainConfig.kind: _for(PretrainConfig, _supervised),
     SFTConfig.kind: _for(SFTConfig, _supervised),
     RewardConfig.kind: _for(RewardConfig, _supervised),
     PPOConfig.kind: _for(PPOConfig, _ppo),
     DPOConfig.kind: _for(DPOConfig, _dpo),
+    GRPOConfig.kind: _for(GRPOConfig, _grpo),
+    RejectionConfig.kind: _for(RejectionConfig, _rejection),
 }

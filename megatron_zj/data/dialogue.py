@@ -40,12 +40,16 @@ class StoredUnits(ABC):
 
 
 class DialogueUnits(StoredUnits):
-    """``loss_mask`` [per token] int64: 1 on every answer and its eos.  ``draw`` [per row]: see Stream.describe."""
+    """``loss_mask`` [per token] int64: 1 on every answer and its eos.  Per row, int64: ``draw`` (see Stream.describe),
+    ``index`` (the dialogue's place in the data)."""
 
     def batch(self, draws: Sequence[Draw]) -> Batch:
         rows = [row for draw in draws for row in self.rows(draw)]
         return Batch(
             Rows.of([row.tokens for row in rows], torch.int64),
             {"loss_mask": Rows.of([row.loss_mask for row in rows], torch.int64)},
-            {"draw": torch.tensor([draw.number for draw in draws], dtype=torch.int64)},
+            {
+                "draw": torch.tensor([draw.number for draw in draws], dtype=torch.int64),
+                "index": torch.tensor([draw.index for draw in draws], dtype=torch.int64),
+            },
         )

@@ -37,7 +37,7 @@ def test_the_experiment_is_possible(experiment: str) -> None:
 @pytest.mark.parametrize(
     "experiment",
     [f"zhongjing/{stage}" for stage in ("pretrain", "sft", "reward", "ppo")]
-    + [f"chimed_gpt/{stage}" for stage in ("pretrain", "sft", "reward")],
+    + [f"chimed_gpt/{stage}" for stage in ("pretrain", "sft", "reward", "rejection")],
 )
 def test_the_13b_experiments_fit_both_clusters(experiment: str, layout: str) -> None:
     name = f"{layout}_ppo" if experiment.endswith("ppo") else layout
@@ -53,6 +53,8 @@ def test_an_impossible_layout_is_found() -> None:
 def test_all_stages_of_the_demo_real_data_and_debugging_exist() -> None:
     for family in ("demo", "real", "debug"):
         assert {f"{family}/{stage}" for stage in ("pretrain", "sft", "reward", "ppo")} <= set(EXPERIMENTS)
+    for family in ("demo", "debug"):
+        assert {f"{family}/{kind}" for kind in ("dpo", "grpo", "rejection")} <= set(EXPERIMENTS)
 
 
 def unstable_values(text: str) -> list[str]:
