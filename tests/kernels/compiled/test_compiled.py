@@ -53,10 +53,11 @@ def test_kernel_compiles_and_keeps_its_promises(job: Job, compiled: dict[Job, Ro
     arch, label = job
     row = compiled[job]
     assert not isinstance(row, str), row
-    if arch in BLOCKING:
-        assert not resources.broken_promises(resources.by_label()[label], arch, row)
     table = resources.load()
-    if triton.__version__ == table["triton"]:
+    ours = triton.__version__ == table["triton"]
+    if arch in BLOCKING:
+        assert not resources.broken_promises(resources.by_label()[label], arch, row, spills=ours)
+    if ours:
         committed = dict(table["rows"][arch][label])
         committed.pop("hash")
         assert not resources.differences(committed, row), "python -m kernels.check compile --write renews the table"
