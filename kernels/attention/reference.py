@@ -108,11 +108,28 @@ def _stack(x_THD: Tensor, starts: list[int], length: int) -> Tensor:
     return view.transpose(1, 2)
 
 
-def _groups(found: list[Tile]) -> list[list[Tile]]:
+@dataclass(frozen=True)
+class Group:
+    """Tiles of one form: one call."""
+
+    like: Tile
+    starts_q: list[int]
+    starts_k: list[int]
+
+    def fills(self, num_q: int, num_k: int) -> bool:
+        """The tiles lie end to end and are the whole pack, so the call's results are the pack's, uncopied."""
+        like = self.like
+        whole_q = self.starts_q == list(range(0, num_q, like.num_q)) and num_q % like.num_q == 0
+        return whole_q and self.starts_k == list(range(0, num_k, like.num_k)) and num_k % like.num_k == 0
+
+
+def _groups(found: list[Tile]) -> list[Group]:
     groups: dict[tuple[object, ...], list[Tile]] = {}
     for tile in found:
         groups.setdefault(tile.form, []).append(tile)
-    return list(groups.values())
+    return [
+        Group(members[0], [tile.q0 for tile in members], [tile.k0 for tile in members]) for members in groups.values()
+    ]
 
 
 def forward(
@@ -128,25 +145,34 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output [T, H, D] and log-sum-exp of the scaled scores [H, T] (fp32, fp64 for fp64 inputs)."""
     num_q, num_heads, _ = q_THD.shape
+    groups = _groups(tiles(ends_q, ends_k, slots, causal, window))
+    if len(groups) == 1 and groups[0].fills(num_q, k_SKD.shape[0]):
+        part, part_lse = _forward_group(q_THD, k_SKD, v_SKD, groups[0], scale, window)
+        return part.transpose(1, 2).reshape(q_THD.shape), part_lse.transpose(0, 1).reshape(num_heads, num_q)
     out = torch.zeros(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     lse_dtype = torch.float64 if q_THD.dtype == torch.float64 else torch.float32
     lse = torch.full((num_heads, num_q), -torch.inf, dtype=lse_dtype, device=q_THD.device)
-    for group in _groups(tiles(ends_q, ends_k, slots, causal, window)):
-        like = group[0]
-        starts_q, starts_k = [tile.q0 for tile in group], [tile.k0 for tile in group]
-        part, part_lse = _forward(
-            _stack(q_THD, starts_q, like.num_q),
-            _stack(k_SKD, starts_k, like.num_k),
-            _stack(v_SKD, starts_k, like.num_k),
-            0.0,
-            like.causal,
-            attn_mask=_mask(like, window, q_THD.dtype),
-            scale=scale,
-        )
-        for index, start in enumerate(starts_q):
-            out[start : start + like.num_q] = part[index].transpose(0, 1)
-            lse[:, start : start + like.num_q] = part_lse[index]
+    for group in groups:
+        part, part_lse = _forward_group(q_THD, k_SKD, v_SKD, group, scale, window)
+        for index, start in enumerate(group.starts_q):
+            out[start : start + group.like.num_q] = part[index].transpose(0, 1)
+            lse[:, start : start + group.like.num_q] = part_lse[index]
     return out, lse
+
+
+def _forward_group(q: Tensor, k: Tensor, v: Tensor, group: Group, scale: float, window: int) -> tuple[Tensor, Tensor]:
+    """Output [tiles, H, queries, D] and log-sum-exp [tiles, H, queries]."""
+    like = group.like
+    part, part_lse = _forward(
+        _stack(q, group.starts_q, like.num_q),
+        _stack(k, group.starts_k, like.num_k),
+        _stack(v, group.starts_k, like.num_k),
+        0.0,
+        like.causal,
+        attn_mask=_mask(like, window, q.dtype),
+        scale=scale,
+    )
+    return part, part_lse
 
 
 def backward(
@@ -164,31 +190,52 @@ def backward(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v.  Keys that several tiles share are summed in fp32."""
+    given = dout_THD, q_THD, k_SKD, v_SKD, out_THD, lse_HT
+    groups = _groups(tiles(ends_q, ends_k, slots, causal, window))
+    if len(groups) == 1 and groups[0].fills(q_THD.shape[0], k_SKD.shape[0]):
+        parts = _backward_group(*given, groups[0], scale, window)
+        dq, dk, dv = (part.transpose(1, 2).flatten(0, 1) for part in parts)
+        return dq, dk, dv
     wide = torch.float64 if q_THD.dtype == torch.float64 else torch.float32
     dq = torch.zeros(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     dk = torch.zeros(k_SKD.shape, dtype=wide, device=q_THD.device)
     dv = torch.zeros(v_SKD.shape, dtype=wide, device=q_THD.device)
-    for group in _groups(tiles(ends_q, ends_k, slots, causal, window)):
-        like = group[0]
-        starts_q, starts_k = [tile.q0 for tile in group], [tile.k0 for tile in group]
-        lse = torch.stack([lse_HT[:, start : start + like.num_q] for start in starts_q])
-        parts = _backward(
-            _stack(dout_THD, starts_q, like.num_q),
-            _stack(q_THD, starts_q, like.num_q),
-            _stack(k_SKD, starts_k, like.num_k),
-            _stack(v_SKD, starts_k, like.num_k),
-            _stack(out_THD, starts_q, like.num_q),
-            lse,
-            0.0,
-            like.causal,
-            attn_mask=_mask(like, window, q_THD.dtype),
-            scale=scale,
-        )
-        for index, (start_q, start_k) in enumerate(zip(starts_q, starts_k, strict=True)):
+    for group in groups:
+        like = group.like
+        parts = _backward_group(*given, group, scale, window)
+        for index, (start_q, start_k) in enumerate(zip(group.starts_q, group.starts_k, strict=True)):
             dq[start_q : start_q + like.num_q] = parts[0][index].transpose(0, 1)
             dk[start_k : start_k + like.num_k] += parts[1][index].transpose(0, 1)
             dv[start_k : start_k + like.num_k] += parts[2][index].transpose(0, 1)
     return dq, dk.to(k_SKD.dtype), dv.to(v_SKD.dtype)
+
+
+def _backward_group(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse_HT: Tensor,
+    group: Group,
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of each tile's q, k and v, [tiles, heads, length, D]."""
+    like, starts_q, starts_k = group.like, group.starts_q, group.starts_k
+    parts: tuple[Tensor, Tensor, Tensor] = _backward(
+        _stack(dout, starts_q, like.num_q),
+        _stack(q, starts_q, like.num_q),
+        _stack(k, starts_k, like.num_k),
+        _stack(v, starts_k, like.num_k),
+        _stack(out, starts_q, like.num_q),
+        torch.stack([lse_HT[:, start : start + like.num_q] for start in starts_q]),
+        0.0,
+        like.causal,
+        attn_mask=_mask(like, window, q.dtype),
+        scale=scale,
+    )
+    return parts
 
 
 def decode(
