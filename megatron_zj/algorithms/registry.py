@@ -100,6 +100,7 @@ def _supervised(config: PretrainConfig | SFTConfig | RewardConfig, parts: Parts)
         parts.world,
         parts.timers,
         parts.validation,
+        proves_head=isinstance(config, RewardConfig),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from megatron_zj.algorithms.provenance import head_checksum
 from megatron_zj.data.stream import Stream
 from megatron_zj.engine.objective import Metrics, Objective
 from megatron_zj.roles.role import Role
@@ -30,7 +31,9 @@ class Supervised:
         world: World,
         timers: Timers,
         validation: Stream | None = None,
+        proves_head: bool = False,
     ) -> None:
+        """``proves_head``: a checksum of the model's scalar head is part of the state."""
         self.role = role
         self.objective = objective
         self.stream = stream
@@ -38,6 +41,7 @@ class Supervised:
         self.world = world
         self.timers = timers
         self.validation = validation
+        self.proves_head = proves_head
         self.num_steps_done = 0
         self.validation_metrics: Metrics = {}
 
@@ -77,10 +81,12 @@ class Supervised:
 
     def state_dict(self) -> dict[str, Any]:
         """Steps done, the stream's place, and what the last validation said (PPO reads the scores' scale there)."""
+        head = {"head": head_checksum(self.role)} if self.proves_head else {}
         return {
             "num_steps_done": self.num_steps_done,
             "stream": self.stream.state_dict(),
             "validation": self.validation_metrics,
+            **head,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -43,9 +43,26 @@ STAGES: dict[str, dict[str, Any]] = {
         "algorithm.minibatch_size": 2,
         "algorithm.sampling.max_new_tokens": 6,
         "algorithm.epochs": 2,
+        "algorithm.running_scores": True,
+        "algorithm.kl_controller": "adaptive",
     },
+    "grpo": {
+        "algorithm.prompts_per_step": 2,
+        "algorithm.samples_per_prompt": 2,
+        "algorithm.minibatch_size": 2,
+        "algorithm.sampling.max_new_tokens": 6,
+    },
+    "rejection": {
+        "algorithm.prompts_per_step": 2,
+        "algorithm.samples_per_prompt": 2,
+        "algorithm.minibatch_size": 2,
+        "algorithm.running_scores": True,
+        "algorithm.sampling.max_new_tokens": 6,
+    },
+    "rejection_filter": {"algorithm.keep": 6, "algorithm.minibatch_size": 4},
+    "dpo": {"algorithm.global_batch_size": 3},
 }
-BEFORE = {"pretrain": (), "sft": ("pretrain",), "reward": ("sft",), "ppo": ("sft", "reward")}
+JUDGED = ("ppo", "grpo", "rejection", "rejection_filter")  # they need the reward model
 
 
 def make_data(folder: Path) -> None:
@@ -85,13 +102,17 @@ def overrides_of(stage: str, folder: Path, run: str, **changes: Any) -> list[str
         "sft": "sft.jsonl",
         "reward": "preference.jsonl",
         "ppo": "prompts.jsonl",
+        "grpo": "prompts.jsonl",
+        "rejection": "prompts.jsonl",
+        "rejection_filter": "sft.jsonl",
+        "dpo": "preference.jsonl",
     }
     values["data.files"] = f"[{folder / 'data' / files[stage]}]"
-    if stage in ("sft", "reward"):
+    if stage in ("sft", "reward", "dpo"):
         values["data.validation_files"] = f"[{folder / 'data' / files[stage].replace('.', '_validation.')}]"
     if stage != "pretrain":
-        values["checkpoint.load"] = folder / {"sft": "pretrain", "reward": "sft", "ppo": "sft"}[stage]
-    if stage == "ppo":
+        values["checkpoint.load"] = folder / ("pretrain" if stage == "sft" else "sft")
+    if stage in JUDGED:
         values["algorithm.reward.load"] = folder / "reward"
     values.update({name.replace("__", "."): value for name, value in changes.items()})
     return [f"{name}={value}" for name, value in values.items()]
