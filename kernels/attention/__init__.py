@@ -125,6 +125,8 @@ def decode_attention(
     scale = dim**-0.5 if softmax_scale is None else float(softmax_scale)
     backend = dispatch.backend_of(q_RHD)
     with torch.no_grad():
+        if dispatch.eager(q_RHD, backend):
+            return reference.decode(q_RHD, k_cache_RSKD, v_cache_RSKD, lengths_R, scale, window or 0)
         return _decode(q_RHD, k_cache_RSKD, v_cache_RSKD, lengths_R, scale, window or 0, backend)
 
 

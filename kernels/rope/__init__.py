@@ -29,19 +29,78 @@ def rope(x_THD: Tensor, cos_PF: Tensor, sin_PF: Tensor, positions_T: Tensor, *, 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or in_place where x needs a gradient.
     """
-    checks.require_float(x_THD=x_THD, cos_PF=cos_PF, sin_PF=sin_PF)
-    checks.require_integer(positions_T=positions_T)
-    checks.require_same_device(x=x_THD, cos=cos_PF, sin=sin_PF, positions=positions_T)
     checks.require_shape(x_THD, (None, None, None), "x_THD")
-    checks.require(x_THD.shape[2] % 2 == 0, f"the head size must be even, got {x_THD.shape[2]}")
-    checks.require_shape(cos_PF, (None, x_THD.shape[2] // 2), "cos_PF")
-    checks.require_shape(sin_PF, cos_PF.shape, "sin_PF")
-    checks.require_shape(positions_T, (x_THD.shape[0],), "positions_T")
+    _check(x_THD, x_THD.shape[2], cos_PF, sin_PF, positions_T)
     if in_place:
         recorded = torch.is_grad_enabled() and x_THD.requires_grad
         checks.require(not recorded, "in_place rope would overwrite a tensor autograd needs; use it under no_grad")
         return _rotate_in_place(x_THD, cos_PF, sin_PF, positions_T)
-    return _rope(x_THD, cos_PF, sin_PF, positions_T, 1.0, dispatch.backend_of(x_THD))
+    backend = dispatch.backend_of(x_THD)
+    if dispatch.eager(x_THD, backend) and not (torch.is_grad_enabled() and x_THD.requires_grad):
+        return reference.rotate(x_THD, cos_PF, sin_PF, positions_T, 1.0)
+    return _rope(x_THD, cos_PF, sin_PF, positions_T, 1.0, backend)
+
+
+def split_rope(qkv_TGSD: Tensor, cos_PF: Tensor, sin_PF: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys rotated as ``rope`` does, and values, out of one projection.
+
+    Args:
+        qkv_TGSD: [T, G, H / G + 2, D]: for each of G key heads its query heads, its key, its value.
+        cos_PF, sin_PF, positions_T: see ``rope``.
+
+    Returns:
+        q [T, H, D], k [T, G, D], v [T, G, D] (a view of qkv).
+
+    Raises:
+        ValueError: as ``rope``.
+    """
+    checks.require(
+        qkv_TGSD.dim() == 4 and qkv_TGSD.shape[2] >= 3,
+        f"qkv_TGSD must be [T, G, H / G + 2, D], got {list(qkv_TGSD.shape)}",
+    )
+    tokens, _, slots, dim = qkv_TGSD.shape
+    _check(qkv_TGSD, dim, cos_PF, sin_PF, positions_T)
+    if dispatch.eager(qkv_TGSD, dispatch.backend_of(qkv_TGSD)):
+        return _EagerSplit.apply(qkv_TGSD, cos_PF, sin_PF, positions_T)
+    query, key, value = torch.split(qkv_TGSD, [slots - 2, 1, 1], dim=2)
+    query = rope(query.reshape(tokens, -1, dim), cos_PF, sin_PF, positions_T)
+    return query, rope(key.squeeze(2), cos_PF, sin_PF, positions_T), value.squeeze(2)
+
+
+class _EagerSplit(torch.autograd.Function):
+    """The torch form of ``split_rope``: each pass reads its input once and writes its outputs once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, cos_PF: Tensor, sin_PF: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, groups, slots, dim = qkv.shape
+        cos, sin = cos_PF[positions][:, None, None], sin_PF[positions][:, None, None]
+        ctx.save_for_backward(cos, sin)
+        query, key = qkv.new_empty(tokens, groups, slots - 2, dim), qkv.new_empty(tokens, groups, 1, dim)
+        reference.rotate_into(qkv[:, :, :-2], cos, sin, 1.0, query)
+        reference.rotate_into(qkv[:, :, -2:-1], cos, sin, 1.0, key)
+        return query.view(tokens, -1, dim), key.squeeze(2), qkv[:, :, -1]
+
+    @staticmethod
+    def backward(ctx: Any, dquery: Tensor, dkey: Tensor, dvalue: Tensor) -> tuple[Tensor, None, None, None]:
+        tokens, groups, dim = dkey.shape
+        dquery = dquery.reshape(tokens, groups, -1, dim)
+        dqkv = dquery.new_empty(tokens, groups, dquery.shape[2] + 2, dim)
+        reference.rotate_into(dquery, *ctx.saved_tensors, -1.0, dqkv[:, :, :-2])
+        reference.rotate_into(dkey[:, :, None], *ctx.saved_tensors, -1.0, dqkv[:, :, -2:-1])
+        dqkv[:, :, -1] = dvalue
+        return dqkv, None, None, None
+
+
+def _check(x: Tensor, dim: int, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
+    checks.require_float(x=x, cos_PF=cos, sin_PF=sin)
+    checks.require_integer(positions_T=positions)
+    checks.require_same_device(x=x, cos=cos, sin=sin, positions=positions)
+    checks.require(dim % 2 == 0, f"the head size must be even, got {dim}")
+    checks.require_shape(cos, (None, dim // 2), "cos_PF")
+    checks.require_shape(sin, cos.shape, "sin_PF")
+    checks.require_shape(positions, (x.shape[0],), "positions_T")
 
 
 def rope_tables(inverse_frequencies_F: Tensor, num_positions: int) -> tuple[Tensor, Tensor]:

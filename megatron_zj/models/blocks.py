@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kernels import dispatch
 from kernels.attention import attention
 from kernels.rms_norm import add_rms_norm, rms_norm
-from kernels.rope import rope
+from kernels.rope import split_rope
 from kernels.swiglu import swiglu
 from megatron_zj.models.packed import PackedLayout
 from megatron_zj.models.transformer_config import LlamaConfig
@@ -148,11 +148,9 @@ class LlamaAttention(SelfAttention):  # type: ignore[misc]
         slots, groups, size = fused.shape[0], self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         share = self.num_attention_heads_per_partition // groups
         # linear_qkv's rows: for each key/value head its query heads, its key, its value.
-        query, key, value = torch.split(fused.view(slots, groups, share + 2, size), [share, 1, 1], dim=2)
+        fused_TGSE = fused.view(slots, groups, share + 2, size)
         with self.config.kernel_backend():
-            query = rope(query.reshape(slots, -1, size), pack.cos_PE, pack.sin_PE, pack.positions)
-            key = rope(key.squeeze(2), pack.cos_PE, pack.sin_PE, pack.positions)
-        value = value.squeeze(2)
+            query, key, value = split_rope(fused_TGSE, pack.cos_PE, pack.sin_PE, pack.positions)
         if self.checkpoint_core_attention and self.training:
             out = checkpoint(self._core(pack), False, query, key, value)
         else:

@@ -80,6 +80,27 @@ def test_opcheck_accepts_schema_fake_and_autograd(name: str) -> None:
     torch.library.opcheck(op, args)
 
 
+def test_registered_ops_and_the_eager_forms_give_the_same_numbers() -> None:
+    q, k, v = _leaf(7, 4, 8), _leaf(7, 2, 8, seed=1), _leaf(7, 2, 8, seed=2)
+    x, y, weight, vocabulary = _leaf(7, 8), _leaf(7, 8, seed=1), _leaf(8, seed=2), _leaf(9, 8, seed=1)
+    both = {
+        "attention": (OPS.attention(q, k, v, CU, CU, None, None, None, 0.3, True, 0, "torch")[0],
+                      attention(q, k, v, CU, softmax_scale=0.3)[0], (q, k, v)),
+        "rms_norm": (OPS.rms_norm(x, weight, 1e-5, "torch")[0], rms_norm(x, weight, 1e-5), (x, weight)),
+        "add_rms_norm": (sum(OPS.add_rms_norm(x, y, weight, 1e-5, "torch")[:2]),
+                         sum(add_rms_norm(x, y, weight, 1e-5)), (x, y, weight)),
+        "swiglu": (OPS.swiglu(x, "torch"), swiglu(x), (x,)),
+        "linear_logprob": (OPS.linear_logprob(x, vocabulary, TARGETS, None, 0, 9, 0.7, True, "torch")[2],
+                           linear_logprob(x, vocabulary, TARGETS, temperature=0.7)[1], (x, vocabulary)),
+    }  # fmt: skip
+    for registered, eager, inputs in both.values():
+        torch.testing.assert_close(eager, registered, rtol=1e-6, atol=1e-6)
+        slope = normal(*eager.shape, dtype=torch.float32, seed=3)
+        grads = [torch.autograd.grad(way, inputs, slope) for way in (eager, registered)]
+        for have, want in zip(*grads, strict=True):
+            torch.testing.assert_close(have, want, rtol=1e-6, atol=1e-6)
+
+
 def _everything(x: Tensor, weight: Tensor, vocabulary: Tensor) -> tuple[Tensor, ...]:
     """A little of each public function, as a model strings them together."""
     cos, sin, positions = _tables()

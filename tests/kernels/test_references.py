@@ -21,7 +21,7 @@ from kernels.linear_logprob import (
 from kernels.linear_logprob import reference as logprob_reference
 from kernels.reward_head import ranking_loss, reward_head
 from kernels.rms_norm import add_rms_norm, rms_norm
-from kernels.rope import rope, rope_tables
+from kernels.rope import rope, rope_tables, split_rope
 from kernels.swiglu import swiglu
 from kernels.value_head import value_head, value_head_loss, value_loss
 from tests.kernels.cases import ends, generator, naive_attention, normal
@@ -166,6 +166,22 @@ def test_rope_is_a_complex_rotation_and_its_gradient_turns_back() -> None:
     assert torch.equal(x, expected)
 
 
+def test_split_rope_is_rope_of_each_part_and_its_gradient_too() -> None:
+    cos, sin = (table.double() for table in rope_tables(3.0 ** -torch.arange(4, dtype=torch.float64), 6))
+    positions, qkv = torch.tensor([0, 1, 2, 0, 5]), normal(5, 2, 5, 8).requires_grad_()  # two groups of three queries
+
+    def parts(fused: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        query = rope(fused[:, :, :3].reshape(5, 6, 8), cos, sin, positions)
+        return query, rope(fused[:, :, 3], cos, sin, positions), fused[:, :, 4]
+
+    want, found = parts(qkv), split_rope(qkv, cos, sin, positions)
+    weights = [normal(*part.shape, seed=seed) for seed, part in enumerate(want)]
+    for have, expected in zip(found, want, strict=True):
+        torch.testing.assert_close(have, expected, rtol=0, atol=0)
+    grads = [torch.autograd.grad(outputs, qkv, weights)[0] for outputs in (found, want)]
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-15)
+
+
 def test_swiglu_is_gate_times_sigmoid_times_up() -> None:
     x = normal(3, 2, 10).requires_grad_()
     gate, up = x[..., :5], x[..., 5:]
@@ -262,6 +278,30 @@ def test_log_prob_head_never_holds_more_logits_than_its_budget(monkeypatch: pyte
     logprob, _ = linear_logprob(hidden, weight, torch.zeros(50, dtype=torch.int64))
     logprob.sum().backward()
     assert largest == 64
+
+
+@pytest.mark.parametrize("budget", [37 * 12, 37 * 12 - 1])
+def test_log_prob_head_keeps_its_exponentials_only_within_the_budget(
+    budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprob_reference, "CHUNK_LOGITS", budget)
+    hidden, weight = normal(13, 8).requires_grad_(), normal(40, 8, seed=1).requires_grad_()
+    targets, mask = torch.arange(13) * 3, torch.arange(13) != 5  # 12 tokens count, 37 rows are real
+    saved: list[int] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        logprob, _ = linear_logprob(hidden, weight, targets, mask_T=mask, valid_rows=37, temperature=1.3, entropy=False)
+    assert (max(saved) == 37 * 12) == (budget == 37 * 12)
+    logits = (hidden @ weight[:37].t() / 1.3).log_softmax(-1)
+    want = logits.gather(1, targets[:, None]).squeeze(1).where(mask, 0.0)
+    slope = normal(13, seed=2)
+    grads = [torch.autograd.grad(values, (hidden, weight), slope, retain_graph=True) for values in (logprob, want)]
+    for have, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(have, expected, rtol=1e-12, atol=1e-13)
 
 
 def test_reward_head_scores_the_last_tokens_and_leaves_absent_rows_at_zero() -> None:
