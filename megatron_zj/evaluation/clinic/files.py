@@ -33,7 +33,7 @@ class DemoSizes:
     documents_per_condition: int = 60
     sft: int = 6000
     sft_validation: int = 100
-    preference: int = 2400
+    preference: int = 4800
     preference_validation: int = 200
     prompts: int = 1500
     cases: int = 200  # held-out patients for the judge
