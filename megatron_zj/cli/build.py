@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megatron_zj.algorithms.provenance import require_head
 from megatron_zj.algorithms.registry import BUILDERS, Algorithm, Parts
 from megatron_zj.algorithms.shaping import ScoreScale
 from megatron_zj.checkpoint.load import load, newest
@@ -63,7 +64,7 @@ def build_run(config: RunConfig, process: Process) -> Run:
             raise ConfigError([f"checkpoint.resume: 'must', but there is no complete checkpoint below {root}"])
         scale = ScoreScale()
         if resumed is None:
-            scale = load_starting_weights(config, engines, tokenizer.fingerprint())
+            scale = load_starting_weights(config, roles, tokenizer.fingerprint())
         parts = build_parts(config, roles, tokenizer, timers, scale)
         algorithm = BUILDERS[config.algorithm.kind](config.algorithm, parts)
         if resumed is not None:
@@ -118,11 +119,10 @@ def build_roles(config: RunConfig, process: Process) -> dict[str, Role]:
     return roles
 
 
-def load_starting_weights(config: RunConfig, engines: Mapping[str, Engine | None], fingerprint: str) -> ScoreScale:
+def load_starting_weights(config: RunConfig, built: Mapping[str, Role], fingerprint: str) -> ScoreScale:
     """Weights of earlier stages, role by role; returns the scale of the reward model's scores, where there is one."""
     scale = ScoreScale()
-    for name, engine in engines.items():
-        role = derived.roles(config)[name]
+    for name, settings in derived.roles(config).items():
         path = derived.starting_point(config, name)
         if path is None:
             if config.algorithm.role_kinds[name].needs_weights:
@@ -131,10 +131,12 @@ def load_starting_weights(config: RunConfig, engines: Mapping[str, Engine | None
         folder = newest(path)
         if folder is None:
             raise ConfigError([f"algorithm.{name}: no complete checkpoint in {path}"])
-        renamed = {name: role.load_role} if role.load_role else None
-        load(folder, {name: engine}, roles=renamed, weights_only=True, tokenizer=fingerprint)
+        renamed = {name: settings.load_role} if settings.load_role else None
+        load(folder, {name: built[name].engine}, roles=renamed, weights_only=True, tokenizer=fingerprint)
         if name == "reward":
-            scale = _score_scale(load(folder, {}))
+            state = load(folder, {})
+            logger.info(require_head(built[name], state.get("head"), str(folder)))
+            scale = _score_scale(state)
     return scale
 
 
