@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import xml.etree.ElementTree as xml
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,7 +63,10 @@ def test_benchmark_checks_and_times_every_form_and_writes_json(
     ]
     monkeypatch.setattr(shapes, "cases", lambda device: small)
     out = tmp_path / "bench.json"
-    assert bench.main(["--device", "cpu", "--repeats", "1", "--out", str(out)]) == 0
+    drawn = tmp_path / "bench.svg"
+    assert bench.main(["--device", "cpu", "--repeats", "1", "--out", str(out), "--plot", str(drawn)]) == 0
+    bars = xml.parse(drawn).getroot().findall("{http://www.w3.org/2000/svg}rect")
+    assert len(bars) == len(json.loads(out.read_text(encoding="utf-8"))["timings"])
     record = json.loads(out.read_text(encoding="utf-8"))
     forms = {(row["op"], row["form"]) for row in record["timings"]}
     assert {("rms_norm", "ours both"), ("linear_logprob", "naive forward"), ("attention", "ours forward")} <= forms
@@ -72,5 +76,6 @@ def test_benchmark_checks_and_times_every_form_and_writes_json(
 
 def test_every_op_has_a_case_in_the_benchmark() -> None:
     timed = {case.op for case in shapes.cases(CPU)}
+    assert timed == set(bench.OPS)
     ops = {path.parent.name for path in Path(check.__file__).parent.glob("*/reference.py")}
     assert ops <= timed
