@@ -7,6 +7,7 @@ pick.
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,17 +34,16 @@ def candidates(entry: Entry) -> Iterator[Config]:
             yield dict(zip(space, values, strict=True))
 
 
-def survivors(entry: Entry, arch: str) -> list[tuple[Config, offline.Resources]]:
-    """The candidates that compile and keep the entry's promises, the most promising ``KEEP`` first."""
-    kept = []
-    for table in candidates(entry):
-        try:
-            found = offline.compile_for(arch, entry.kernel, entry.args, entry.launch_meta(arch, table))
-        except Exception:
-            continue  # too large for the target, or a shape its compiler refuses: not a candidate
-        if found.spills == 0 and not resources.broken_promises(entry, arch, found.row()):
-            kept.append((table, found))
-    return sorted(kept, key=lambda pair: _score(*pair))[:KEEP]
+def _compile(job: tuple[str, str, Config]) -> tuple[str, Config, offline.Resources] | None:
+    arch, label, table = job
+    entry = resources.by_label()[label]
+    try:
+        found = offline.compile_for(arch, entry.kernel, entry.args, entry.launch_meta(arch, table))
+    except Exception:
+        return None  # too large for the target, or a shape its compiler refuses: not a candidate
+    if found.spills or resources.broken_promises(entry, arch, found.row()):
+        return None
+    return label, table, found
 
 
 def _score(table: Config, found: offline.Resources) -> float:
@@ -53,13 +53,26 @@ def _score(table: Config, found: offline.Resources) -> float:
     return 64 / rows + 4 / (resident * found.threads / 32) + 0.2 * (table["num_stages"] < 3)
 
 
-def propose(arch: str) -> dict[str, Any]:
-    """Label to the surviving blocks, best guess first, with their registers and shared memory."""
-    proposal: dict[str, Any] = {}
-    for entry in entries():
-        kept = survivors(entry, arch)
-        if kept:
-            proposal[entry.label] = [
-                {"blocks": dict(table), "registers": found.registers, "shared": found.shared} for table, found in kept
-            ]
-    return proposal
+def propose(arch: str, processes: int = 2) -> dict[str, Any]:
+    """For the typical entry of each kernel the best ``KEEP`` blocks that compile without spills and keep its promises.
+
+    Label to a list, best guess first, with registers (a thread) and shared memory (bytes a block).
+    """
+    jobs = [
+        (arch, entry.label, table)
+        for entry in entries()
+        if resources.typical(entry) and arch in entry.only
+        for table in candidates(entry)
+    ]
+    kept: dict[str, list[tuple[Config, offline.Resources]]] = {}
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        for result in pool.imap_unordered(_compile, jobs):
+            if result is not None:
+                kept.setdefault(result[0], []).append(result[1:])
+    return {
+        label: [
+            {"blocks": dict(table), "registers": found.registers, "shared": found.shared}
+            for table, found in sorted(pairs, key=lambda pair: _score(*pair))[:KEEP]
+        ]
+        for label, pairs in sorted(kept.items())
+    }

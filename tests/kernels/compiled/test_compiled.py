@@ -17,7 +17,7 @@ if not dispatch.has_triton() or dispatch.interpreting():
 
 import triton
 
-from kernels import configs, resources, staleness
+from kernels import configs, resources, staleness, tune
 from kernels.catalogue import entries
 from kernels.fingerprint import entry_hash, source_hash
 from kernels.resources import ALL, BLOCKING, Job, Row
@@ -105,3 +105,10 @@ def test_a_published_timing_is_stale_once_its_kernel_has_changed(tmp_path: Path)
     assert "nothing has been measured" in staleness.summary(tmp_path)
     (tmp_path / "h200.json").write_text(json.dumps(record), encoding="utf-8")
     assert staleness.summary(tmp_path) == "h200.json: STALE for gae_scan, a kernel that is gone"
+
+
+def test_tuning_drops_blocks_that_spill(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = {"ranking_forward": {"BLOCK": (32, 64), "num_warps": (4,), "num_stages": (2,)}}
+    monkeypatch.setattr(tune, "_SPACE", space)
+    (proposals,) = tune.propose("sm_90").values()
+    assert [proposal["blocks"]["BLOCK"] for proposal in proposals] == [32]  # 64 spills
