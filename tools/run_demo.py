@@ -19,6 +19,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from megatron_zj.cli.compose import compose_run
 from megatron_zj.evaluation.clinic.files import DemoSizes, write_demo
 from megatron_zj.evaluation.report import write_report
@@ -70,6 +72,7 @@ class Demo:
 
     def __init__(self, folder: Path, device: str, seed: int, miniature: bool) -> None:
         self.folder, self.device, self.seed, self.miniature = folder, device, seed, miniature
+        self.ranks = 1 if device == "cuda" and torch.cuda.device_count() == 1 else RANKS
 
     def run(self) -> None:
         """Everything, in order."""
@@ -116,7 +119,7 @@ class Demo:
         overrides = self._overrides(stage)
         start = time.monotonic()
         self._ranks("megatron_zj.cli.train", *overrides)
-        facts = {"seconds": round(time.monotonic() - start, 1), "layout": layout(overrides)}
+        facts = {"seconds": round(time.monotonic() - start, 1), "layout": layout(overrides, self.ranks)}
         (self.folder / stage.name / "stage.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
     def evaluate(self, name: str, source: str, suites: dict[str, str]) -> None:
@@ -160,6 +163,8 @@ class Demo:
             overrides.append(f"checkpoint.load={run / stage.after}")
         if stage.name == "ppo":
             overrides.append(f"algorithm.reward.load={run / 'reward'}")
+        if self.ranks == 1:  # a single GPU: every stage on one rank
+            overrides += ["world_size=1", "parallel=single", "engine.distributed_optimizer=false"]
         return [*overrides, *(MINI_MODEL + MINI_STAGES[stage.name] if self.miniature else [])]
 
     def _once(self, name: str, work: object) -> None:
@@ -180,7 +185,7 @@ class Demo:
         self._call([sys.executable, "-m", module, *arguments])
 
     def _ranks(self, module: str, *arguments: str) -> None:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"]
         self._call([*launcher, "-m", module, *arguments])
 
     def _call(self, command: list[str]) -> None:
@@ -192,12 +197,12 @@ class Demo:
             raise SystemExit(f"stage failed with exit code {code}: {' '.join(command)}")
 
 
-def layout(overrides: list[str]) -> str:
+def layout(overrides: list[str], ranks: int) -> str:
     """The stage's parallel axes in words."""
     config = compose_run(overrides)
     sizes = {"tp": config.parallel.tp, "pp": config.parallel.pp, "cp": config.parallel.cp}
-    dp = RANKS // config.parallel.model_size
-    words = [f"{axis}{size}" for axis, size in {"dp": dp, **sizes}.items() if size > 1]
+    dp = ranks // config.parallel.model_size
+    words = [f"{axis}{size}" for axis, size in {"dp": dp, **sizes}.items() if size > 1] or ["one rank"]
     return ", ".join([*words, *(["distributed optimizer"] if config.engine.distributed_optimizer else [])])
 
 

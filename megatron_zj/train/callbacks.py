@@ -23,14 +23,14 @@ from megatron_zj.train.loop import Algorithm
 logger = logging.getLogger(__name__)
 
 
-def _is_dull(name: str, value: float) -> bool:
-    """What a line leaves out, and metrics.jsonl keeps: counts, and flags that say all is well."""
-    if name in ("skipped", "loss_scale") or name.endswith(("/skipped", "/loss_scale")):
-        return value == (0.0 if name.endswith("skipped") else 1.0)
-    return name in ("weight", "tokens", "time/data") or name.endswith("/weight")
+# What the line of a step shows, where the algorithm has it; metrics.jsonl keeps everything.
+_HEADLINE = (
+    *("loss", "perplexity", "pair_accuracy", "score", "kl", "response_length", "truncated"),
+    *("actor/loss", "actor/approx_kl", "actor/clip_fraction", "critic/loss", "explained_variance"),
+    *("validation/loss", "validation/pair_accuracy", "grad_norm", "lr", "time/step", "tokens_per_second", "mfu"),
+)
 
 
-@runtime_checkable
 class Evaluates(Protocol):
     """An algorithm with validation data of its own."""
 
@@ -93,7 +93,9 @@ class Report:
         self._log.write(step, metrics)
         self._bar.update(1)
         if step % max(self._every, 1) == 0 or step == self._num_steps:
-            shown = {name: value for name, value in metrics.items() if not _is_dull(name, value)}
+            shown = {name: metrics[name] for name in _HEADLINE if name in metrics}
+            if metrics.get("skipped"):
+                shown["skipped"] = metrics["skipped"]  # an fp16 overflow
             logger.info(step_line(step, self._num_steps, shown))
 
     def on_end(self, completed: bool) -> None:
