@@ -31,6 +31,7 @@ _HEADLINE = (
 )
 
 
+@runtime_checkable
 class Evaluates(Protocol):
     """An algorithm with validation data of its own."""
 
