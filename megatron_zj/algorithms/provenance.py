@@ -51,8 +51,8 @@ def require_head(role: Role, stored: dict[str, str] | None, source: str) -> str:
         return f"{name}: trained in {stored['dtype']}, so not compared"
     if stored["sha256"] != found["sha256"]:
         raise RewardHeadError(
-            f"the reward role's head is not the one that {source} was trained to: sha256 "
-            f"{found['sha256'][:16]} loaded, {stored['sha256'][:16]} stored. Name the reward run itself as algorithm.reward.load, and its role as "
-            "algorithm.reward.load_role"
+            f"the reward role's head is not the one that {source} was trained to: sha256 {found['sha256'][:16]} is "
+            f"loaded, {stored['sha256'][:16]} was stored. Name the reward run itself as algorithm.reward.load, and its "
+            "role as algorithm.reward.load_role"
         )
     return f"{name}: the very head that was trained"

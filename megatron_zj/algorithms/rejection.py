@@ -135,23 +135,27 @@ class BestOfAll:
         with self.timers("score"):
             rows = self._kept_rows()
         with self.timers("update"):
-            metrics = self.roles["actor"].update(NextToken(), rows, self._next_ids()).wait()
+            ids = self._next_ids()
+            metrics = self.roles["actor"].update(NextToken(), rows, ids).wait()
+        tokens = sum(rows.row_lengths[row] for row in ids)
         self.num_steps_done += 1
         scores = [score for _, score in self.kept]
         return NextToken().summarise(metrics) | {
             "kept": float(len(scores)),
             "kept_score": sum(scores) / len(scores),
             "kept_score_lowest": scores[-1],
+            "tokens": float(tokens),
         }
 
     def _next_ids(self) -> list[int]:
         """Global row ids of this step: passes over the kept rows end to end, each in an order keyed by the pass."""
         count, size = len(self.kept), self.config.minibatch_size
-        ids = []
-        for place in range(self.num_steps_done * size, (self.num_steps_done + 1) * size):
-            generator = keyed_generator(self.seed, "kept", place // count)
-            order = torch.randperm(count, generator=generator)
-            ids.append(self._ids[int(order[place % count])])
+        places = range(self.num_steps_done * size, (self.num_steps_done + 1) * size)
+        orders = {
+            one: torch.randperm(count, generator=keyed_generator(self.seed, "kept", one))
+            for one in range(places[0] // count, places[-1] // count + 1)
+        }
+        ids = [self._ids[int(orders[place // count][place % count])] for place in places]
         return list(dict.fromkeys(ids))  # a pass that ends inside a step may begin the next with the same row
 
     def _kept_rows(self) -> WorldBatch:

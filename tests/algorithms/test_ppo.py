@@ -55,6 +55,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "dual_clip": 1.01,
         "clip_value": None,
         "whiten_advantages": False,
+        "recompute_logprobs": False,
     },
     "critic first, early stop, penalties, rules": {
         "critic_warmup_steps": 1,
