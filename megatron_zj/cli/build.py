@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from megatron_zj.algorithms.provenance import require_head
 from megatron_zj.algorithms.registry import BUILDERS, Algorithm, Parts
 from megatron_zj.algorithms.shaping import ScoreScale
 from megatron_zj.checkpoint.load import load, newest
-from megatron_zj.checkpoint.manifest import ManifestInfo
+from megatron_zj.checkpoint.manifest import ManifestInfo, read_manifest
 from megatron_zj.checkpoint.save import Checkpointer
 from megatron_zj.config import derived
 from megatron_zj.config.algorithm import SamplingConfig
@@ -131,6 +132,7 @@ def load_starting_weights(config: RunConfig, built: Mapping[str, Role], fingerpr
         folder = newest(path)
         if folder is None:
             raise ConfigError([f"algorithm.{name}: no complete checkpoint in {path}"])
+        _require_same_head(config, name, folder)
         renamed = {name: settings.load_role} if settings.load_role else None
         load(folder, {name: built[name].engine}, roles=renamed, weights_only=True, tokenizer=fingerprint)
         if name == "reward":
@@ -138,6 +140,20 @@ def load_starting_weights(config: RunConfig, built: Mapping[str, Role], fingerpr
             logger.info(require_head(built[name], state.get("head"), str(folder)))
             scale = _score_scale(state)
     return scale
+
+
+def _require_same_head(config: RunConfig, name: str, folder: Path) -> None:
+    """A head that nobody trained would be random: only a value or score head that learns here may start fresh."""
+    kind, stored = config.algorithm.role_kinds[name], read_manifest(folder).roles
+    source = derived.roles(config)[name].load_role or (name if name in stored else next(iter(stored)))
+    fresh = kind.trains and kind.head != "lm"
+    if not fresh and source in stored and stored[source].head != kind.head:
+        raise ConfigError(
+            [
+                f"algorithm.{name}.load: {folder} holds a model with a {stored[source].head!r} head as {source!r}, and "
+                f"the {name} needs a {kind.head!r} head; name the checkpoint of a run that trained one"
+            ]
+        )
 
 
 def _score_scale(reward_run: Mapping[str, Any]) -> ScoreScale:

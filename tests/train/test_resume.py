@@ -66,3 +66,9 @@ def test_many_kills_at_random_moments_change_no_bit(folder: Path, stage: str) ->
     pick = random.Random(stage)
     for index in range(25):
         _kill_and_resume(folder, stage, f"{stage}_kill{index}", pick)
+
+
+def test_a_reward_role_without_a_trained_head_is_refused(folder: Path) -> None:
+    overrides = stages.overrides_of("ppo", folder, "headless", algorithm__reward__load=folder / "sft")
+    with pytest.raises(RankFailure, match=r"algorithm\.reward\.load: .*'lm' head.* needs a 'score' head"):
+        run_ranks(1, stages.run_stage, overrides, timeout=120)
