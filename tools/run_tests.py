@@ -8,7 +8,6 @@ A stage that runs over its limit is stopped and counts as failed; the others sti
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import shlex
 import signal
@@ -22,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = (sys.executable, "-m", "pytest")
+KERNELS = (sys.executable, "-m", "kernels.check")
 DEFAULT = "not slow and not gpu and not multi_gpu"
 NUM_WORKERS = max(1, min(4, len(os.sched_getaffinity(0))))
 
@@ -92,7 +92,7 @@ def default_stages() -> list[Stage]:
             pytest_over(f"tests {elsewhere}", f"{DEFAULT} and resume"),
             300,
         ),
-        Stage("kernels", "references, and Triton where it can run", pytest_over("tests/kernels", parallel=True), 420),
+        Stage("kernels", "references, interpreter, planted bugs, compilation", KERNELS, 900),
         Stage(
             "demo",
             "raw text to an aligned model, in miniature",
@@ -107,6 +107,7 @@ def long_stages() -> list[Stage]:
     """What ``make test-long`` runs."""
     return [
         Stage("long", "every test marked slow", pytest_over("tests", "slow and not gpu and not multi_gpu"), 4 * 3600),
+        Stage("kernels", "every planted bug, every architecture", (*KERNELS, "--long"), 2 * 3600),
         *(
             Stage(
                 f"demo-{seed}",
@@ -122,10 +123,9 @@ def long_stages() -> list[Stage]:
 
 def gpu_stages() -> list[Stage]:
     """What ``make gpu-check`` runs."""
-    check = importlib.util.find_spec("kernels.check") is not None
     return [
         Stage("gpu", "every test marked gpu", pytest_over("tests", "gpu and not multi_gpu"), 1800),
-        *([Stage("kernels", "each op on the device", (sys.executable, "-m", "kernels.check"), 1800)] if check else []),
+        Stage("kernels", "each op on the device", (*KERNELS, "gpu"), 1800),
     ]
 
 
