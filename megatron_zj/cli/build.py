@@ -20,7 +20,7 @@ from megatron_zj.config import derived
 from megatron_zj.config.algorithm import SamplingConfig
 from megatron_zj.config.loader import ConfigError, to_dict
 from megatron_zj.config.run import RunConfig
-from megatron_zj.data.stream import build_stream
+from megatron_zj.data.stream import Stream, build_stream
 from megatron_zj.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_zj.engine.build import build_engine
 from megatron_zj.engine.engine import Engine
@@ -57,6 +57,7 @@ def build_run(config: RunConfig, process: Process) -> Run:
     timers = Timers(process.device, process.activity)
     with process.activity.doing("build"):
         tokenizer = checked_tokenizer(config)
+        stream, validation = build_streams(config, tokenizer)  # before the models: bad data is told at once
         roles = build_roles(config, process)
         engines = {name: role.engine for name, role in roles.items()}
         root = config.run.dir / CHECKPOINTS
@@ -66,7 +67,7 @@ def build_run(config: RunConfig, process: Process) -> Run:
         scale = ScoreScale()
         if resumed is None:
             scale = load_starting_weights(config, roles, tokenizer.fingerprint())
-        parts = build_parts(config, roles, tokenizer, timers, scale)
+        parts = build_parts(config, roles, tokenizer, timers, scale, stream, validation)
         algorithm = BUILDERS[config.algorithm.kind](config.algorithm, parts)
         if resumed is not None:
             logger.info("resuming from %s", resumed)
@@ -87,6 +88,13 @@ def checked_tokenizer(config: RunConfig) -> Tokenizer:
             ]
         )
     return tokenizer
+
+
+def build_streams(config: RunConfig, tokenizer: Tokenizer) -> tuple[Stream, Stream | None]:
+    """Training data, and validation data where there is some."""
+    first = World.current().rank == 0
+    train = build_stream(config.data, tokenizer, config.run.seed, "train", progress=first)
+    return train, build_stream(config.data, tokenizer, config.run.seed, "validation")
 
 
 def build_roles(config: RunConfig, process: Process) -> dict[str, Role]:
@@ -166,17 +174,23 @@ def _score_scale(reward_run: Mapping[str, Any]) -> ScoreScale:
 
 
 def build_parts(
-    config: RunConfig, roles: Mapping[str, Role], tokenizer: Tokenizer, timers: Timers, scale: ScoreScale
+    config: RunConfig,
+    roles: Mapping[str, Role],
+    tokenizer: Tokenizer,
+    timers: Timers,
+    scale: ScoreScale,
+    stream: Stream,
+    validation: Stream | None,
 ) -> Parts:
-    """Streams, rollout and the rest of what an algorithm is made of."""
+    """Rollout and the rest of what an algorithm is made of."""
 
     def rollout(sampling: SamplingConfig) -> Rollout:
         return Rollout(sampling, frozenset({tokenizer.eos_id}), config.run.seed)
 
     return Parts(
         roles=roles,
-        stream=build_stream(config.data, tokenizer, config.run.seed, "train", progress=World.current().rank == 0),
-        validation=build_stream(config.data, tokenizer, config.run.seed, "validation"),
+        stream=stream,
+        validation=validation,
         rollout=rollout,
         world=World.current(),
         seed=config.run.seed,

@@ -5,6 +5,7 @@ A fork spares the seconds that importing torch costs; several ranks meet as unde
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import socket
@@ -54,10 +55,13 @@ def zj(
     *,
     ranks: int = 1,
     typed: str = "",
-    environment: Mapping[str, str] | None = None,
+    kill: tuple[int, Path] | None = None,
     timeout: float = 60.0,
 ) -> Outcome:
-    """``zj ARGV`` on this many ranks, with ``typed`` on standard input.  A rank that does not end is killed."""
+    """``zj ARGV`` on this many ranks, with ``typed`` on standard input.  A rank that does not end is killed.
+
+    ``kill``: a rank that gets SIGKILL as soon as the file is there.
+    """
     words = [str(word) for word in argv]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -67,14 +71,17 @@ def zj(
         (Path(folder) / "stdin").write_text(typed, encoding="utf-8")
         processes = []
         for rank in range(ranks):
-            variables = dict(environment or {})
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            variables = {name: str(value) for name, value in place.items()} if ranks > 1 else {}
             if ranks > 1:
-                place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-                variables |= {name: str(value) for name, value in place.items()}
                 variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             process = _FORK.Process(target=_child, args=(words, variables, Path(folder), rank))
             process.start()
             processes.append(process)
+        while kill is not None and not kill[1].exists() and time.monotonic() < start + timeout:
+            time.sleep(0.01)
+        if kill is not None:
+            processes[kill[0]].kill()
         for process in processes:
             process.join(max(0.0, start + timeout - time.monotonic()))
             if process.is_alive():
@@ -92,9 +99,9 @@ def _child(words: list[str], variables: Mapping[str, str], folder: Path, rank: i
     for number in (1, 2):
         os.dup2(target, number)
     os.dup2(source, 0)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-    sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)
+    sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), encoding="utf-8")
+    sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), encoding="utf-8", line_buffering=True)
+    sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), encoding="utf-8", line_buffering=True)
     try:
         code = main(words)
     except SystemExit as end:  # argparse

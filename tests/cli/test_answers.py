@@ -1,0 +1,153 @@
+"""generate, chat, evaluate and convert on a small trained checkpoint, as commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import LlamaForCausalLM
+
+from megatron_zj.cli.inference import LoadedModel, compose_inference
+from megatron_zj.data.chat import Message, render_prompt
+from megatron_zj.runtime.distributed import Process
+from tests.cli.commands import zj
+from tests.cli.conftest import train_argv
+from tests.helpers.ranks import run_ranks
+
+QUESTIONS = ("头痛三天怎么办？", "孩子发热要不要去医院？", "咳嗽", "最近总是睡不好，心慌，还出汗，是什么原因？")
+
+
+def _asks(world: Path, run: str, **changes: object) -> list[str]:
+    values: dict[str, object] = {
+        "checkpoint.load": world / "sft",
+        "data.files": f"[{world / 'data/prompts.jsonl'}]",
+        "run.dir": world / run,
+        "sampling.max_new_tokens": 6,
+        "limit": 4,
+        **{name.replace("__", "."): value for name, value in changes.items()},
+    }
+    return [f"{name}={value}" for name, value in values.items()]
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_generate_writes_an_answer_a_prompt_the_same_on_every_layout(world: Path) -> None:
+    assert zj(["generate", *_asks(world, "one")]).code == 0
+    two = zj(["generate", *_asks(world, "two", parallel__tp=2)], ranks=2)
+    assert two.codes == (0, 0), two.output
+    answers = _read(world / "one/answers.jsonl")
+    prompts = [record["messages"][-1]["content"] for record in _read(world / "data/prompts.jsonl")][:4]
+    assert [answer["prompt"] for answer in answers] == prompts
+    assert all(answer["answer"] and not answer["finished"] for answer in answers)
+    assert _read(world / "two/answers.jsonl") == answers  # sampled, yet the same: a seed a sample
+
+
+def test_generate_refuses_a_reward_model_and_a_prompt_without_room(world: Path) -> None:
+    outcome = zj(["generate", *_asks(world, "refused", checkpoint__load=world / "reward")])
+    assert outcome.code == 1
+    assert "is a reward model and gives no answers; load a language model" in outcome.error
+    outcome = zj(["generate", *_asks(world, "refused", sampling__max_new_tokens=510)])
+    assert "prompt 1 (" in outcome.error
+    assert "more than the model's 512 positions; shorten the prompt or lower sampling.max_new_tokens" in outcome.error
+    assert not (world / "refused/answers.jsonl").exists()
+
+
+def test_chat_answers_starts_over_and_survives_a_question_that_is_too_long(world: Path) -> None:
+    argv = ["chat", f"checkpoint.load={world / 'sft'}", "sampling.max_new_tokens=4", "sampling.temperature=0"]
+    outcome = zj(argv, typed=f"头痛怎么办？\n\n/new\n{'头痛' * 600}\n头痛怎么办？\n/quit\n没有人看\n")
+    assert outcome.code == 0, outcome.output
+    assert "not medical advice" in outcome.output
+    said = [line for line in outcome.output.split("> ")[1:] if line.strip()]
+    assert len(said) == 3
+    assert said[0].splitlines()[0] == said[2].splitlines()[0]  # the same question after /new: the same answer
+    assert "(not sent: that is " in said[1]
+    assert "没有人看" not in outcome.output
+
+
+def test_evaluate_runs_every_suite_and_writes_its_result(world: Path) -> None:
+    ner = world / "ner.txt"
+    ner.write_text("头 B_body\n痛 I_body\n。 O\n\n发 B_sym\n热 I_sym\n", encoding="utf-8")
+    files = {
+        "exam": world / "data/exam.csv",
+        "clinic": world / "data/cases.jsonl",
+        "safety": world / "data/safety.jsonl",
+        "dialogue": world / "data/sft_validation.jsonl",
+        "ner": ner,
+    }
+    lists = {"suites": f"[{','.join(files)}]", "data__files": f"[{','.join(map(str, files.values()))}]"}
+    outcome = zj(["evaluate", *_asks(world, "suites", **lists)])
+    assert outcome.code == 0, outcome.output
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (world / "suites").rglob("*.json")}
+    assert set(found) == set(files)
+    assert all(result["step"] == 1 and result["checkpoint"].startswith(str(world / "sft")) for result in found.values())
+    assert 0 <= found["exam"]["micro"] <= 1
+    assert found["exam"]["num_items"] == found["clinic"]["num_cases"] == found["safety"]["num_probes"] == 4
+    ranked = {"checkpoint__load": world / "reward", "data__files": f"[{world / 'data/preference_validation.jsonl'}]"}
+    two = zj(["evaluate", *_asks(world, "ranked", suites="[preference]", **ranked)], ranks=2)
+    assert two.codes == (0, 0), two.output
+    result = json.loads((world / "ranked/evaluation/preference.json").read_text(encoding="utf-8"))
+    assert 0 <= result["pair_accuracy"] <= 1
+    assert result["num_pairs"] > 0
+
+
+def test_evaluate_says_which_model_a_suite_needs_and_what_is_wrong_with_a_file(world: Path) -> None:
+    ranked = {"suites": "[preference]", "data__files": f"[{world / 'data/preference_validation.jsonl'}]"}
+    outcome = zj(["evaluate", *_asks(world, "wrong", **ranked)])
+    assert "is a language model and gives no scores; load a reward model" in outcome.error
+    outcome = zj(["evaluate", *_asks(world, "wrong", suites="[exam]", data__files=f"[{world / 'data/sft.jsonl'}]")])
+    assert f"{world / 'data/sft.jsonl'}: no exam: columns Question and Answer are needed" in outcome.error
+
+
+def _continuations(overrides: list[str]) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and greedy answers, as ids."""
+    config = compose_inference(overrides)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    model = LoadedModel(config, Process(rank, rank, size, torch.device("cpu")))
+    prompts = [render_prompt([Message("user", text)], model.template, model.tokenizer) for text in QUESTIONS]
+    return prompts, model.continuations(prompts, dataclasses.replace(config.sampling, temperature=0.0))
+
+
+def _greedy(folder: Path, prompt: list[int], count: int) -> list[int]:
+    """Hugging Face's generate on an exported folder, one prompt."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=count)
+    return [int(token) for token in ids[0, len(prompt) :]]
+
+
+def test_conversion_both_ways_keeps_every_bit_and_every_greedy_token(world: Path) -> None:
+    there, back = world / "hf", world / "back"
+    assert zj(["convert", "--from", world / "sft", "--to", there]).code == 0
+    assert zj(["convert", "--from", there, "--to", back]).code == 0
+    again = zj(["convert", "--from", world / "sft", "--to", there])
+    assert again.code == 1
+    assert f"{there} exists already; give a new folder to --to" in again.error
+    argv = ["sampling.max_new_tokens=24", f"run.dir={world / 'greedy'}"]
+    prompts, ours = run_ranks(2, _continuations, [f"checkpoint.load={world / 'sft'}", "parallel.tp=2", *argv])[0]
+    assert run_ranks(1, _continuations, [f"checkpoint.load={back}", *argv])[0] == (prompts, ours)
+    assert [_greedy(there, prompt, 24) for prompt in prompts] == ours
+    assert len({tuple(answer) for answer in ours}) > 1
+
+
+@pytest.mark.slow
+def test_a_sweep_of_real_runs_with_one_that_fails_gives_three_results(world: Path) -> None:
+    lines = (world / "data/sft.jsonl").read_text(encoding="utf-8").splitlines()[:8]
+    record = json.loads(lines[1])
+    record["messages"][1]["content"] = "头痛怎么办？" * 20
+    path = world / "sweep.jsonl"
+    path.write_text("\n".join([*lines, json.dumps(record, ensure_ascii=False)]) + "\n", encoding="utf-8")
+    swept = {"data__files": f"[{path}]", "data__max_length": "64,384", "data__overlong": "error,truncate"}
+    argv = train_argv("sft", world, "unused", run__num_steps=1, **swept)[1:]
+    outcome = zj(["launch", "--multirun", "--dir", world / "sweep", *argv], timeout=200)
+    assert outcome.code == 1
+    states = {p.parent.name[:3]: json.loads(p.read_text())["state"] for p in (world / "sweep").glob("*/status.json")}
+    assert states == {"000": "failed", "001": "done", "002": "done", "003": "done"}
+    assert len(list((world / "sweep").glob("*/checkpoints/step_00000001/manifest.json"))) == 3
+    assert "FAILED 000_data.max_length=64,data.overlong=error" in outcome.output
+    assert f"error: {path}, record at line " in outcome.output

@@ -1,0 +1,64 @@
+"""Where a run's weights and vocabulary come from, and what is refused before anything is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_zj.cli.build import checked_tokenizer
+from megatron_zj.cli.compose import compose_run
+from megatron_zj.config.derived import starting_point
+from megatron_zj.config.loader import ConfigError
+from megatron_zj.data.errors import DataError
+from tests.cli.commands import zj
+from tests.cli.conftest import train_argv
+
+
+def _starts(experiment: str, *overrides: str) -> dict[str, str | None]:
+    config = compose_run([f"experiment=debug/{experiment}", *overrides])
+    found = {name: starting_point(config, name) for name in config.algorithm.role_kinds}
+    return {name: None if path is None else str(path) for name, path in found.items()}
+
+
+def test_every_role_starts_from_its_own_weights_or_from_what_its_kind_says() -> None:
+    given = ("checkpoint.load=runs/sft", "algorithm.reward.load=runs/reward")
+    from_sft = {"actor": "runs/sft", "reference": "runs/sft"}
+    assert _starts("ppo", *given) == {**from_sft, "critic": "runs/reward", "reward": "runs/reward"}
+    own = "algorithm.critic.load=runs/critic"
+    assert _starts("ppo", *given, own) == {**from_sft, "critic": "runs/critic", "reward": "runs/reward"}
+    assert _starts("ppo", given[0])["reward"] is None  # never the policy's weights
+    assert _starts("sft", given[0]) == {"model": "runs/sft"}
+    assert _starts("sft", given[0], "algorithm.model.load=runs/other") == {"model": "runs/other"}
+    assert _starts("pretrain", "checkpoint.load=null") == {"model": None}
+
+
+def test_the_tokenizer_must_fit_the_models_rows(world: Path) -> None:
+    def tokenizer(**changes: Any) -> int:
+        argv = train_argv("sft", world, "unused", **changes)[1:]
+        return checked_tokenizer(compose_run(argv)).vocab_size
+
+    assert tokenizer() == 1300
+    assert tokenizer(model__vocab_size=1400) == 1300  # rows to spare
+    with pytest.raises(ConfigError, match="1299 rows, but the tokenizer has 1300 ids"):
+        tokenizer(model__vocab_size=1299)
+    with pytest.raises(DataError, match="gone"):
+        tokenizer(tokenizer__path=world / "gone")
+
+
+def test_what_cannot_start_says_so_before_any_model_is_built(world: Path) -> None:
+    outcome = zj(train_argv("sft", world, "fresh", checkpoint__resume="must"))
+    assert outcome.code == 1
+    assert f"checkpoint.resume: 'must', but there is no complete checkpoint below {world / 'fresh'}" in outcome.error
+    argv = train_argv("ppo", world, "no_reward", algorithm__reward__load="null")
+    outcome = zj(argv)
+    assert outcome.code == 1
+    assert "algorithm.reward.load: not set; name the reward model's checkpoint" in outcome.error
+
+
+def test_a_finished_run_started_again_does_nothing_and_ends_well(world: Path) -> None:
+    outcome = zj(train_argv("sft", world, "sft", run__num_steps=1))
+    assert outcome.code == 0
+    assert "resuming from" in outcome.output
+    assert "step 1/1" not in outcome.output

@@ -1,0 +1,168 @@
+"""The loop and what happens between steps, on stand-ins: when, in which order, and what an error leaves behind."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_zj.config.checkpoint import CheckpointConfig
+from megatron_zj.engine.objective import Metrics
+from megatron_zj.engine.totals import NonFiniteError
+from megatron_zj.runtime.activity import Activity
+from megatron_zj.runtime.distributed import Process
+from megatron_zj.runtime.log import progress_bar
+from megatron_zj.runtime.metrics import MetricsLog
+from megatron_zj.runtime.timers import Timers
+from megatron_zj.train.callbacks import Measure, Report, Save, Validate
+from megatron_zj.train.loop import run
+
+CPU = torch.device("cpu")
+
+
+class Counting:
+    """An algorithm whose loss at step n is ``losses[n]``, else n."""
+
+    def __init__(self, done: int = 0, validation: dict[int, float] | None = None) -> None:
+        self.num_steps_done = done
+        self.evaluated: list[int] = []
+        self.validation = validation or {}
+
+    def step(self) -> Metrics:
+        self.num_steps_done += 1
+        return {"loss": float(self.num_steps_done), "tokens": 100.0}
+
+    def evaluate(self) -> Metrics:
+        self.evaluated.append(self.num_steps_done)
+        return {"loss": self.validation.get(self.num_steps_done, 0.5)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_steps_done": self.num_steps_done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.num_steps_done = state["num_steps_done"]
+
+
+class Broken(Counting):
+    """Its second step meets a NaN in draws 3 and 40 to 59."""
+
+    def step(self) -> Metrics:
+        if self.num_steps_done == 1:
+            raise NonFiniteError("the loss is nan", [3, *range(40, 60)])
+        return super().step()
+
+
+class Notes:
+    """Stands for a Checkpointer, and for a callback: writes down what it is asked."""
+
+    def __init__(self) -> None:
+        self.saved: list[tuple[int, dict[str, Any]]] = []
+        self.waited = 0
+        self.steps: list[Metrics] = []
+        self.ended: list[bool] = []
+
+    def save(self, step: int, engines: Any, state: dict[str, Any]) -> None:
+        self.saved.append((step, state))
+
+    def wait(self) -> None:
+        self.waited += 1
+
+    def on_step(self, step: int, metrics: Metrics) -> None:
+        self.steps.append(dict(metrics))
+
+    def on_end(self, completed: bool) -> None:
+        self.ended.append(completed)
+
+
+def timers() -> Timers:
+    return Timers(CPU, Activity())
+
+
+def saves(every: int, num_steps: int, algorithm: Counting) -> tuple[Save, Notes]:
+    notes = Notes()
+    return Save(notes, CheckpointConfig(every=every), {}, algorithm, num_steps, timers()), notes  # type: ignore[arg-type]
+
+
+def test_the_loop_does_what_is_left_after_a_resume_and_times_each_step() -> None:
+    algorithm, notes = Counting(done=3), Notes()
+    run(algorithm, 5, [notes], timers())
+    assert [metrics["loss"] for metrics in notes.steps] == [4.0, 5.0]
+    assert all(metrics["time/step"] > 0 for metrics in notes.steps)
+    assert not any(name.startswith("time/step ") for metrics in notes.steps for name in metrics)
+    assert notes.ended == [True]
+    run(algorithm, 5, [notes], timers())  # nothing left
+    assert len(notes.steps) == 2
+
+
+def test_a_broken_loss_names_the_step_and_the_records_and_ends_every_callback() -> None:
+    notes = Notes()
+    with pytest.raises(NonFiniteError) as caught:
+        run(Broken(), 5, [notes], timers(), lambda draw: f"a.jsonl, record at line {draw}")
+    lines = str(caught.value).splitlines()
+    assert lines[:3] == ["step 2: the loss is nan", "the data of that loss:", "  a.jsonl, record at line 3"]
+    assert lines[-1] == "  and 9 more"
+    assert len(lines) == 15
+    assert notes.ended == [False]
+    with pytest.raises(NonFiniteError, match=r"^step 2: the loss is nan$"):
+        run(Broken(), 5, [], timers())
+
+
+@pytest.mark.parametrize(("every", "expected"), [(2, [2, 4, 5]), (0, [5]), (1, [1, 2, 3, 4, 5])])
+def test_validation_and_saving_happen_every_so_often_and_at_the_end(every: int, expected: list[int]) -> None:
+    algorithm = Counting()
+    save, notes = saves(every, 5, algorithm)
+    run(algorithm, 5, [Validate(algorithm, every, 5, timers()), notes, save], timers())
+    assert algorithm.evaluated == expected
+    assert notes.saved == [(step, {"num_steps_done": step}) for step in expected]
+    assert notes.waited == 1
+    seen = [index + 1 for index, metrics in enumerate(notes.steps) if "validation/loss" in metrics]
+    assert seen == expected
+    assert all(("time/validation" in metrics) == ("validation/loss" in metrics) for metrics in notes.steps)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_weights_that_fail_validation_are_not_saved(loss: float) -> None:
+    algorithm = Counting(validation={2: loss})
+    save, notes = saves(1, 5, algorithm)
+    with pytest.raises(NonFiniteError, match=f"step 2: the validation loss is {loss}"):
+        run(algorithm, 5, [Validate(algorithm, 1, 5, timers()), save], timers())
+    assert [step for step, _ in notes.saved] == [1]
+    assert notes.waited == 0
+
+
+def test_speed_is_of_the_whole_step_and_utilisation_only_where_the_peak_is_known() -> None:
+    metrics = {"tokens": 300.0, "time/step": 2.0}
+    Measure(CPU, flops_per_token=4.0, peak_flops=1200.0).on_step(1, metrics)
+    assert metrics["tokens_per_second"] == 150.0
+    assert metrics["mfu"] == 0.5
+    assert metrics["memory/peak_mib"] > 1
+    unknown = {"tokens": 300.0, "time/step": 2.0}
+    Measure(CPU, 4.0, None).on_step(1, unknown)
+    assert "mfu" not in unknown
+    without: Metrics = {"time/step": 2.0}
+    Measure(CPU, 4.0, None).on_step(1, without)
+    assert "tokens_per_second" not in without
+
+
+def test_the_report_writes_every_step_and_shows_some_without_what_says_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    process = Process(0, 0, 1, CPU)
+    report = Report(MetricsLog(tmp_path), progress_bar(process, 5), 5, every=2)
+    with caplog.at_level(logging.INFO, logger="megatron_zj"):
+        for step in range(1, 6):
+            report.on_step(step, {"loss": step / 8, "skipped": 0.0, "actor/loss_scale": 1.0, "weight": 7.0})
+        report.on_step(6, {"loss": 1.0, "skipped": 1.0})
+    report.on_end(completed=True)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == [0.125, 0.25, 0.375, 0.5, 0.625, 1.0]
+    assert lines[0]["weight"] == 7.0
+    shown = [record.getMessage() for record in caplog.records]
+    assert [line.split()[1] for line in shown] == ["2/5", "4/5", "5/5", "6/5"]
+    assert "skipped" not in shown[0]
+    assert "weight" not in shown[0]
+    assert "skipped 1" in shown[-1]  # an overflow is worth a word
