@@ -20,21 +20,22 @@ def require(condition: bool, message: str) -> None:
 def require_float(**tensors: Tensor | None) -> None:
     """Each given tensor is fp16, bf16, fp32 or fp64."""
     for name, tensor in tensors.items():
-        if tensor is not None:
-            require(tensor.dtype in FLOATS, f"{name} must be a float tensor, got {tensor.dtype}")
+        if tensor is not None and tensor.dtype not in FLOATS:
+            raise ValueError(f"{name} must be a float tensor, got {tensor.dtype}")
 
 
 def require_integer(**tensors: Tensor | None) -> None:
     """Each given tensor is int32 or int64."""
     for name, tensor in tensors.items():
-        if tensor is not None:
-            require(tensor.dtype in (torch.int32, torch.int64), f"{name} must be int32 or int64, got {tensor.dtype}")
+        if tensor is not None and tensor.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name} must be int32 or int64, got {tensor.dtype}")
 
 
 def require_same_device(**tensors: Tensor | None) -> None:
     """All the given tensors live on one device."""
-    given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    require(len(set(given.values())) <= 1, f"tensors must share one device, got {given}")
+    if len({tensor.device for tensor in tensors.values() if tensor is not None}) > 1:
+        given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+        raise ValueError(f"tensors must share one device, got {given}")
 
 
 def require_shape(tensor: Tensor, shape: Sequence[int | None], name: str) -> None:

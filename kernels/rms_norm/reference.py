@@ -1,4 +1,4 @@
-"""RMSNorm in plain torch, on torch's fused forward."""
+"""RMSNorm in plain torch: its fused forward, and a backward pass of few passes over memory."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ def forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
 def backward(dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x (and of the residual: the same) and of the weight."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    rstd = rstd.view(*x.shape[:-1], 1)
-    normed = x.to(wide) * rstd
-    dy = dy.to(wide)
-    dweight = (dy * normed).flatten(0, -2).sum(0)
-    slope = dy * weight.to(wide)
-    mean = (slope * normed).mean(-1, keepdim=True)
-    dx = slope.addcmul_(normed, mean, value=-1).mul_(rstd)
-    if dsum is not None:
-        dx.add_(dsum)
-    return dx.to(x.dtype), dweight.to(weight.dtype)
+    width, rstd, weight_wide = x.shape[-1], rstd[:, None], weight.to(wide)
+    rows, dy = x.reshape(-1, width).to(wide), dy.reshape(-1, width).to(wide)
+    normed = rows * rstd
+    product = dy * normed
+    dweight = product.sum(0)
+    mean = product.mv(weight_wide).div_(width)[:, None]
+    slope = torch.mul(dy, weight_wide, out=product).addcmul_(normed, mean, value=-1)
+    dx = slope.mul_(rstd) if dsum is None else torch.addcmul(dsum.reshape(-1, width).to(wide), slope, rstd)
+    return dx.view(x.shape).to(x.dtype), dweight.to(weight.dtype)

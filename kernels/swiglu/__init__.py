@@ -36,6 +36,8 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        if not ctx.needs_input_grad[0]:
+            return reference.forward(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         activated = torch.nn.functional.silu(gate)
         ctx.save_for_backward(gate_up, activated)
