@@ -29,12 +29,24 @@ def next_prompts(prompts: Stream, config: OnPolicyConfig, world: World) -> World
     return WorldBatch.gather(repeated.with_fields(per_row={"sample_id": repeated.per_row["sample_id"] * copies + copy}))
 
 
-def minibatches(num_rows: int, size: int, epochs: int, seed: int, step: int) -> Iterator[list[int]]:
-    """Global row ids of each update: every epoch in a fresh order keyed by (seed, step, epoch)."""
-    for epoch in range(epochs):
-        order = torch.randperm(num_rows, generator=keyed_generator(seed, "minibatches", step, epoch))
-        for row_ids in torch.split(order, size):
-            yield row_ids.tolist()
+def minibatches(batch: WorldBatch, config: OnPolicyConfig, seed: int, step: int) -> Iterator[list[int]]:
+    """Global row ids of each update: every epoch in a fresh order keyed by (seed, step, epoch).
+
+    ``balance_minibatches``: rows are dealt longest first, forth and back, so that the minibatches of an epoch have
+    as many rows as ever and nearly the same tokens.
+    """
+    lengths, size = batch.row_lengths, config.minibatch_size
+    for epoch in range(config.epochs):
+        generator = keyed_generator(seed, "minibatches", step, epoch)
+        order = torch.randperm(batch.num_rows, generator=generator).tolist()
+        parts = [order[start : start + size] for start in range(0, len(order), size)]
+        if config.balance_minibatches:
+            order.sort(key=lambda row: -lengths[row])  # stable: equal lengths stay in the random order
+            count = len(parts)
+            rounds = [order[start : start + count] for start in range(0, len(order), count)]
+            dealt = [one if index % 2 == 0 else one[::-1] for index, one in enumerate(rounds)]
+            parts = [[one[place] for one in dealt if place < len(one)] for place in range(count)]
+        yield from parts
 
 
 def averages(updates: Sequence[Metrics]) -> Metrics:

@@ -99,9 +99,7 @@ class GRPO:
     def learn(self, trajectories: WorldBatch) -> Metrics:
         """Several passes over the samples in fresh orders; metrics are means over the updates."""
         config, updates = self.config, []
-        for ids in minibatches(
-            trajectories.num_rows, config.minibatch_size, config.epochs, self.seed, self.num_steps_done
-        ):
+        for ids in minibatches(trajectories, config, self.seed, self.num_steps_done):
             updates.append(self.roles["actor"].update(self.objective, trajectories, ids).wait())
             if config.early_stop_kl is not None and updates[-1]["approx_kl"] > config.early_stop_kl:
                 break

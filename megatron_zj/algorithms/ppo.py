@@ -136,7 +136,7 @@ class PPO:
         actor_learns = step >= config.critic_warmup_steps
         updates: list[Metrics] = []
         first: Metrics = {}
-        for row_ids in minibatches(trajectories.num_rows, config.minibatch_size, config.epochs, self.seed, step):
+        for row_ids in minibatches(trajectories, config, self.seed, step):
             critic = self.models.critic.update(value_objective, trajectories, row_ids)
             actor = self.models.actor.update(policy_objective, trajectories, row_ids) if actor_learns else None
             updates.append(prefixed("critic/", critic.wait()))

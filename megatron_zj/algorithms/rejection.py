@@ -90,7 +90,7 @@ class BestOfN:
     def learn(self, best: WorldBatch) -> Metrics:
         """SFT on the kept answers."""
         config, objective, updates = self.config, NextToken(), []
-        for ids in minibatches(best.num_rows, config.minibatch_size, config.epochs, self.seed, self.num_steps_done):
+        for ids in minibatches(best, config, self.seed, self.num_steps_done):
             updates.append(self.roles["actor"].update(objective, best, ids).wait())
         return prefixed("actor/", averages(updates))
 

@@ -27,6 +27,10 @@ class ScoreScale:
     deviation: float = 1.0
 
 
+class ScoreError(ValueError):
+    """The reward model gave something that is not a number.  Raised on every rank."""
+
+
 class Shaping:
     """score = clip((raw - mean) / deviation + rules) - penalties.
 
@@ -40,8 +44,14 @@ class Shaping:
         self.running = RunningMoments()
 
     def __call__(self, raw_scores_R: Tensor, samples: Batch) -> Tensor:
-        """Shaped scores [R] of this rank's samples; collective over the world with ``running_scores``."""
+        """Shaped scores [R] of this rank's samples.  Collective over the world."""
         config = self.config
+        broken = int(world_sum((~raw_scores_R.isfinite()).sum()))
+        if broken:
+            raise ScoreError(
+                f"{broken} of the reward model's scores are not finite; its weights or its precision are at fault: "
+                "look at the reward run's last metrics, or set algorithm.reward.engine.precision"
+            )
         scores_R = self._scaled(raw_scores_R)
         if self.rules:
             scores_R = scores_R + torch.tensor([self._rule_rewards(answer) for answer in self._answers(samples)])

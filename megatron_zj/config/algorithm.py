@@ -211,6 +211,7 @@ class OnPolicyConfig:
     samples_per_prompt: int = 1  # responses to each prompt
     epochs: int = 2  # passes over a step's samples
     minibatch_size: int = 16  # samples an optimizer step
+    balance_minibatches: bool = False  # deal rows to an epoch's minibatches by length, so that all have like tokens
     whiten_scores: bool = True  # subtract/divide by the reward model's stored mean and deviation
     running_scores: bool = False  # instead: by the mean and deviation of all scores of this run so far
     score_clip: float | None = None  # scaled scores, rules included, count between -/+ this; None: no clip

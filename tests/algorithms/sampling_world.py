@@ -127,6 +127,15 @@ def run_sampling(parallel: ParallelConfig, engine: EngineConfig) -> dict[str, li
     return found
 
 
+def learn_to_end(config: GRPOConfig, iterations: int) -> list[float]:
+    """The share of answers that end by themselves, by iteration."""
+    roles = build_roles(["actor", "reference", "reward"], ParallelConfig(), EngineConfig(), {}, {})
+    rollout, shaping = Rollout(config.sampling, frozenset({STOP}), RUN_SEED), Shaping(config, SCALE, decode)
+    timers = Timers(torch.device("cpu"))
+    grpo = GRPO(config, roles, Prompts(), rollout, World.current(), RUN_SEED, timers, shaping)
+    return [1.0 - grpo.step()["truncated"] for _ in range(iterations)]
+
+
 # The same in plain torch ------------------------------------------------------------------------------------------
 
 

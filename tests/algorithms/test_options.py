@@ -8,16 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_zj.algorithms import functional as f
 from megatron_zj.algorithms.controllers import KLController, RunningMoments
-from megatron_zj.algorithms.experience import ParityError, require_parity
+from megatron_zj.algorithms.experience import ParityError, minibatches, require_parity
 from megatron_zj.algorithms.health import CHECKS, Health, HealthError
 from megatron_zj.algorithms.rules import RULES, Answer, chosen_rules
+from megatron_zj.algorithms.shaping import ScoreError, ScoreScale, Shaping
 from megatron_zj.config.algorithm import GRPOConfig, ParityConfig, PPOConfig, RejectionConfig
 from megatron_zj.config.health import HealthConfig
 from megatron_zj.config.loader import ConfigError
-from megatron_zj.data.batch import Rows
+from megatron_zj.data.batch import Batch, Rows
+from megatron_zj.roles.world import WorldBatch
+from tests.helpers.ranks import run_ranks
 
 
 def test_kl_estimators_have_the_expectation_they_claim() -> None:
@@ -193,3 +197,42 @@ def test_an_alarm_that_holds_stops_the_run_when_told_to() -> None:
 def test_settings_that_contradict_each_other_are_refused(make: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def _shapes(broken_rank: int) -> str:
+    samples = Batch(
+        Rows.of([[1, 2, 3]]),
+        {"response_mask": Rows.of([[0, 1, 1]])},
+        {"truncated": torch.tensor([0])},
+    )
+    score = math.nan if dist.get_rank() == broken_rank else 1.0
+    try:
+        Shaping(PPOConfig(), ScoreScale(), lambda ids: "")(torch.tensor([score]), samples)
+    except ScoreError as error:
+        return str(error)
+    return ""
+
+
+def test_a_score_that_is_no_number_stops_every_rank() -> None:
+    said = run_ranks(2, _shapes, 1)
+    assert said[0] == said[1]
+    assert "1 of the reward model's scores are not finite" in said[0]
+    assert run_ranks(2, _shapes, 5) == ["", ""]
+
+
+def test_balanced_minibatches_have_like_tokens_and_every_row_once() -> None:
+    lengths = [int(x) for x in torch.randint(1, 200, (64,), generator=torch.Generator().manual_seed(5))]
+    rows = Rows.of([[0] * length for length in lengths], torch.int64)
+    batch = WorldBatch(Batch(rows), (tuple(lengths),))
+
+    def spread(balanced: bool) -> tuple[int, list[list[int]]]:
+        config = PPOConfig(prompts_per_step=64, minibatch_size=16, epochs=1, balance_minibatches=balanced)
+        parts = list(minibatches(batch, config, seed=1, step=2))
+        totals = [sum(lengths[row] for row in part) for part in parts]
+        return max(totals) - min(totals), parts
+
+    assert spread(True)[0] < 0.1 * spread(False)[0]
+    for balanced in (True, False):
+        parts = spread(balanced)[1]
+        assert [len(part) for part in parts] == [16] * 4
+        assert sorted(row for part in parts for row in part) == list(range(64))

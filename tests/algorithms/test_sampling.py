@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from megatron_zj.config.algorithm import GRPOConfig, SamplingConfig
 from megatron_zj.config.optim import EngineConfig
 from megatron_zj.config.parallel import ParallelConfig
 from tests.algorithms import sampling_world
@@ -42,3 +43,22 @@ def test_the_world_tells_the_forms_apart(plain: Histories) -> None:
     assert plain["best of n"][0]["score_best"] > plain["best of n"][0]["score_scaled"] + 0.1
     assert 0 < plain["scaled"][0]["truncated"] < 1
     assert plain["scaled"][1]["actor/kl_loss"] > 0
+
+
+def test_the_signal_moves_the_policy_and_its_sign_the_other_way() -> None:
+    config = GRPOConfig(
+        sampling=SamplingConfig(max_new_tokens=9),
+        prompts_per_step=8,
+        samples_per_prompt=4,
+        epochs=1,
+        minibatch_size=16,
+        kl_coef=0.0,
+        rules={"ends": 20.0},  # drowns the model's own score
+    )
+    up, down = (
+        run_ranks(1, sampling_world.learn_to_end, one, 12)[0]
+        for one in (config, dataclasses.replace(config, rules={"ends": -20.0}))
+    )
+    assert up[0] == down[0]  # the same samples before anything is learned
+    assert sum(up[-3:]) / 3 > up[0] + 0.2
+    assert sum(down[-3:]) / 3 < 0.5 * down[0]
