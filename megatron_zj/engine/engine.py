@@ -195,7 +195,9 @@ class Engine:
                 for index, chunk in enumerate(self.chunks)
             }
             if optimizer and self.optimizer is not None:
-                state["optimizer"] = optimizer_state.sharded_tensors(self.optimizer, self.chunks, state, loading)
+                tensors = optimizer_state.sharded_tensors(self.optimizer, self.chunks, state, loading)
+                if tensors:  # an empty dict on some ranks would look like unequal unsharded state to megatron-core
+                    state["optimizer"] = tensors
                 if not loading:
                     state["training"] = self._training_state()
         return state

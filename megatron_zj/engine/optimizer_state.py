@@ -52,10 +52,12 @@ def sharded_tensors(
     for name, parameter in _named(modules):
         if not parameter.requires_grad:
             continue
-        result[name] = {
+        found = {
             key: make_sharded_optimizer_tensor(by_parameter[id(parameter)], tensor, f"optimizer.state.{key}")
             for key, tensor in whole(parameter).items()
         }
+        if found:
+            result[name] = found
     return result
 
 

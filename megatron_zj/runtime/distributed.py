@@ -10,6 +10,7 @@ import json
 import os
 import re
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -25,6 +26,13 @@ from megatron_zj.runtime.activity import Activity, Heartbeat
 
 _COLLECTIVE_FAILURE = re.compile(
     r"gloo|nccl|connection (closed|reset)|timed out waiting|process group|watchdog|broken pipe", re.IGNORECASE
+)
+
+# Said by libraries about their own code, by every rank at every start; nothing that a user can mend.
+_LIBRARY_WARNINGS = (
+    "full scope is deprecated",  # megatron-core, about the default of its own field
+    r"The \.grad attribute of a Tensor that is not a leaf",  # megatron-core looks for .grad where there may be none
+    r"`torch\.distributed\.\w+_tensor` is deprecated",  # torch 2.13, about what megatron-core calls
 )
 
 
@@ -59,6 +67,8 @@ def session(device: Literal["auto", "cpu", "cuda"], timeout_seconds: int) -> Ite
     one, one of them tells it.  An error that is another rank's (a collective failed because a member was lost) leaves
     as RankLostError, which names that rank and its phase.
     """
+    for message in _LIBRARY_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     store, place = _rendezvous(timeout_seconds)
     process = _join(store, place, device, timeout_seconds)
     own_connection: Store = store.clone()  # type: ignore[attr-defined]

@@ -62,3 +62,11 @@ def test_a_finished_run_started_again_does_nothing_and_ends_well(world: Path) ->
     assert outcome.code == 0
     assert "resuming from" in outcome.output
     assert "step 1/1" not in outcome.output
+
+
+def test_a_healthy_run_on_two_ranks_prints_its_own_lines_and_no_librarys_warnings(world: Path) -> None:
+    outcome = zj(train_argv("pretrain", world, "healthy", run__num_steps=1), ranks=2)
+    assert outcome.codes == (0, 0)
+    assert outcome.outputs[1] == ""  # the distributed optimizer's shards included: nothing looks unequal when saved
+    assert "Warning" not in outcome.output
+    assert len(outcome.output.splitlines()) < 8
