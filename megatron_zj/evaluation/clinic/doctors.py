@@ -27,23 +27,13 @@ CANDIDATES: Mapping[Kind, tuple[str, ...]] = {
     "ask": ("good", "good", "guess", "guess_careful", "guess_drug", "wrong_question", "alarm", "repeat", "cut"),
     "advise": (
         *("good", "good", "no_caution", "no_examination", "drug_only", "wrong"),
-        *("late_question", "alarm", "alternative", "repeat", "cut"),
+        *("late_question", "alarm", "repeat", "cut"),
     ),
     "risk": (
         *("good", "good", "ignore_risk", "drug_only", "no_examination", "wrong"),
         *("late_question", "alarm", "repeat", "cut"),
     ),
-    "urgent": (
-        "good",
-        "good",
-        "ignore_flag",
-        "drug_only",
-        "no_reason",
-        "wrong_alarm",
-        "late_question",
-        "repeat",
-        "cut",
-    ),
+    "urgent": ("good", "good", "ignore_flag", "drug_only", "no_reason", "late_question", "repeat", "cut"),
 }
 
 
@@ -57,9 +47,8 @@ def answer(case: Case, behaviour: str, random: Random, stranger: Condition | Non
     suspected = random.choice((case.condition, case.look_alike)) if case.kind == "ask" else case.condition
     if behaviour == "wrong_question":
         return _say(ASKING, stranger, random)
-    if behaviour in ("alarm", "wrong_alarm"):
-        seen = (stranger,) if behaviour == "wrong_alarm" else (case.condition, case.look_alike, stranger)
-        return _say(_URGENT, random.choice(seen), random)
+    if behaviour == "alarm":
+        return _say(_URGENT, random.choice((case.condition, case.look_alike, stranger)), random)
     if behaviour == "late_question":
         return _say(ASKING, case.condition, random)
     if behaviour == "no_reason":
@@ -74,7 +63,6 @@ def answer(case: Case, behaviour: str, random: Random, stranger: Condition | Non
         "no_examination": ("diagnosis", "instead") if case.kind == "risk" else ("diagnosis", "drug", "caution"),
         "drug_only": ("diagnosis", "drug"),
         "wrong": ("diagnosis", "examination", "drug", "caution"),
-        "alternative": ("diagnosis", "examination", "instead"),
         "ignore_risk": ("diagnosis", "examination", "drug", "caution"),
         "ignore_flag": ("diagnosis", "examination", "drug", "caution"),
     }[behaviour]
