@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -188,12 +189,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps a turn")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="data-parallel ranks")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--note", default="", help="what a reader must know of the measurement, such as a busy machine")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/step.json"))
     options = parser.parse_args()
     report: dict[str, Any] = {
         "shape": {key: value for key, value in vars(options).items() if isinstance(value, int)},
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "versions": {
+            "torch": torch.__version__,
+            "megatron-core": metadata.version("megatron-core"),
+            "python": platform.python_version(),
+        },
+        "note": options.note,
     }
     for ranks in options.ranks:
         with tempfile.TemporaryDirectory() as folder:
