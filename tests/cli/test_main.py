@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from megatron_zj.cli import main as cli
 from megatron_zj.config.loader import ConfigError
+from megatron_zj.runtime.distributed import LeftError
 
 
 def test_without_a_command_it_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,3 +91,23 @@ def test_an_interrupt_is_no_error_of_anyones(capsys: pytest.CaptureFixture[str])
 
     assert cli.guarded(interrupt, []) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_under_torchrun_the_message_stands_in_its_closing_report_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(report))
+    assert cli.guarded(fails_with(LeftError("rank 1 leaves: another rank was lost")), []) == 1
+    assert capsys.readouterr().err == "rank 1 leaves: another rank was lost\n"
+    assert not report.exists()  # the rank that tells it is the root cause
+    assert cli.guarded(fails_with(OwnError("record 3 is empty")), []) == 1
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(report))
+    assert "error: record 3 is empty" in ChildFailedError("train", {0: failure}).format_msg()
+
+
+def fails_with(error: Exception) -> Callable[[list[str]], int]:
+    def command(_: list[str]) -> int:
+        raise error
+
+    return command
