@@ -87,8 +87,9 @@ class _EagerSplit(torch.autograd.Function):
         tokens, groups, dim = dkey.shape
         dquery = dquery.reshape(tokens, groups, -1, dim)
         dqkv = dquery.new_empty(tokens, groups, dquery.shape[2] + 2, dim)
-        reference.rotate_into(dquery, *ctx.saved_tensors, -1.0, dqkv[:, :, :-2])
-        reference.rotate_into(dkey[:, :, None], *ctx.saved_tensors, -1.0, dqkv[:, :, -2:-1])
+        cos, sin = ctx.saved_tensors
+        reference.rotate_into(dquery, cos, sin, -1.0, dqkv[:, :, :-2])
+        reference.rotate_into(dkey[:, :, None], cos, sin, -1.0, dqkv[:, :, -2:-1])
         dqkv[:, :, -1] = dvalue
         return dqkv, None, None, None
 
