@@ -181,7 +181,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, dlse: Tensor, dtarget: Tensor, dspread: Tensor) -> tuple[Any, ...]:
         inputs, kept = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
         grads = reference.backward(
-            dlse, dtarget, dspread, *inputs, *ctx.settings, reference.Kept(*kept) if kept else None
+            dlse, dtarget, dspread, *inputs, *ctx.settings, kept=reference.Kept(*kept) if kept else None
         )
         return *grads, None, None, None
 

@@ -53,9 +53,7 @@ def _role(model: ModelConfig, parallel: ParallelConfig) -> Role:
 
 def _generate(model: ModelConfig, parallel: ParallelConfig, configs: list[SamplingConfig]) -> list[list[Answer]]:
     role, world = _role(model, parallel), World.current()
-    ids = list(range(len(PROMPTS)))[
-        world.rank :: world.size
-    ]  # rank-major order differs from the ids: keys must not care
+    ids = list(range(len(PROMPTS)))[world.rank :: world.size]  # not in rank order
     local = Batch(Rows.of([PROMPTS[i] for i in ids], torch.int64), {}, {"sample_id": torch.tensor(ids)})
     answers = []
     for config in configs:
