@@ -179,9 +179,24 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dlse: Tensor, dtarget: Tensor, dspread: Tensor) -> tuple[Any, ...]:
-        inputs, kept = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        hidden, weight, targets, mask, lse, spread, *kept = ctx.saved_tensors
+        shares = reference.Kept(*kept) if kept else None
+        start, rows, temperature, entropy = ctx.settings
         grads = reference.backward(
-            dlse, dtarget, dspread, *inputs, *ctx.settings, kept=reference.Kept(*kept) if kept else None
+            dlse,
+            dtarget,
+            dspread,
+            hidden,
+            weight,
+            targets,
+            mask,
+            lse,
+            spread,
+            start,
+            rows,
+            temperature,
+            entropy,
+            shares,
         )
         return *grads, None, None, None
 

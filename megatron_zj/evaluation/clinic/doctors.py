@@ -24,16 +24,22 @@ SFT_DOCTORS: Mapping[Kind, Mapping[str, float]] = {
 # What candidate answers for ranking are drawn from.  Each kind also sees what is right for another kind only: a reward
 # model that never saw a false alarm pays for one, and PPO finds that within ten steps.
 CANDIDATES: Mapping[Kind, tuple[str, ...]] = {
-    "ask": ("good", "good", "guess", "guess_careful", "guess_drug", "wrong_question", "alarm", "repeat", "cut"),
+    "ask": (
+        *("good", "good", "guess", "guess_careful", "guess_drug", "wrong_question"),
+        *("alarm", "alternative", "repeat", "cut"),
+    ),
     "advise": (
-        *("good", "good", "no_caution", "no_examination", "drug_only", "wrong"),
-        *("late_question", "alarm", "repeat", "cut"),
+        *("good", "good", "no_caution", "no_examination", "drug_only"),
+        *("late_question", "alarm", "alternative", "repeat", "cut"),
     ),
     "risk": (
-        *("good", "good", "ignore_risk", "drug_only", "no_examination", "wrong"),
+        *("good", "good", "ignore_risk", "drug_only", "no_examination"),
         *("late_question", "alarm", "repeat", "cut"),
     ),
-    "urgent": ("good", "good", "ignore_flag", "drug_only", "no_reason", "late_question", "repeat", "cut"),
+    "urgent": (
+        *("good", "good", "ignore_flag", "drug_only", "no_reason"),
+        *("late_question", "alternative", "repeat", "cut"),
+    ),
 }
 
 
@@ -53,8 +59,6 @@ def answer(case: Case, behaviour: str, random: Random, stranger: Condition | Non
         return _say(ASKING, case.condition, random)
     if behaviour == "no_reason":
         return random.choice(("请立即去急诊。", "请马上去急诊，不要自己用药。"))
-    if behaviour == "wrong":
-        suspected = case.look_alike
     parts = {
         "guess": ("diagnosis", "drug"),
         "guess_careful": ("diagnosis", "examination", "drug", "caution"),
@@ -62,7 +66,7 @@ def answer(case: Case, behaviour: str, random: Random, stranger: Condition | Non
         "no_caution": ("diagnosis", "examination", "drug"),
         "no_examination": ("diagnosis", "instead") if case.kind == "risk" else ("diagnosis", "drug", "caution"),
         "drug_only": ("diagnosis", "drug"),
-        "wrong": ("diagnosis", "examination", "drug", "caution"),
+        "alternative": ("diagnosis", "examination", "instead"),
         "ignore_risk": ("diagnosis", "examination", "drug", "caution"),
         "ignore_flag": ("diagnosis", "examination", "drug", "caution"),
     }[behaviour]
@@ -101,11 +105,8 @@ def _advice(condition: Condition, parts: tuple[str, ...], random: Random) -> str
 
 
 def _spoil(text: str, how: str) -> str:
-    """Say the last sentence again, or stop in the middle of it."""
-    if how == "cut":
-        return text[: len(text) * 3 // 5]
-    cut = max((text[:-1].rfind(mark) for mark in "。，"), default=-1) + 1
-    return text + text[cut:]
+    """Say everything twice, or stop in the middle."""
+    return text[: len(text) * 3 // 5] if how == "cut" else text + text
 
 
 def _say(wordings: tuple[str, ...], condition: Condition, random: Random) -> str:
