@@ -63,7 +63,7 @@ def _compare(case: Case, last: bool, answers: Any, batch: Batch) -> None:
             assert found.lengths.tolist() == batch.tokens.lengths.tolist()
             values = found.values
             truth = network.outputs(batch.tokens.split(), want, 0.7) if batch.num_rows else values[:0]
-        torch.testing.assert_close(values, truth, rtol=0, atol=2e-6)
+        torch.testing.assert_close(values, truth, rtol=0, atol=5e-6)  # fp32; the promise is 1e-5
 
 
 def test_answers_of_one_and_two_ranks_are_the_references() -> None:

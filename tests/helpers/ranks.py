@@ -9,6 +9,7 @@ import faulthandler
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -63,7 +64,7 @@ def _collect(pipes: list[Any], processes: list[Any], timeout: float, folder: Pat
         for pipe in ready:
             rank = waiting[pipe]
             try:
-                ok, value = pipe.recv()
+                ok, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 processes[rank].join()
                 raise RankFailure(f"rank {rank} died with exit code {processes[rank].exitcode}") from None
@@ -98,7 +99,8 @@ def _rank_main(
             message = (True, function(*args))
         except BaseException:
             message = (False, traceback.format_exc())
-        sender.send(message)
+        # plain pickle: the pipe's own would send a tensor as a handle, which dies with this process
+        sender.send_bytes(pickle.dumps(message))
         sender.close()
         if message[0]:
             dist.destroy_process_group()
