@@ -102,7 +102,7 @@ class Demo:
             "train",
             f"data.files=[{data / 'tokenizer.txt'}]",
             f"vocab_size={VOCAB_SIZE}",
-            "model_type=unigram",
+            f"model_type={'bpe' if self.miniature else 'unigram'}",  # the miniature's texts hold too few pieces
             "character_coverage=1.0",
             "special_tokens=['<human>','<bot>']",
             f"out={self.folder / 'tokenizer'}",

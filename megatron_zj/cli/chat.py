@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
-from megatron_zj.cli.inference import LoadedModel, compose_inference
+from megatron_zj.cli.inference import LoadedModel, compose_inference, help_text, wants_help
 from megatron_zj.cli.main import guarded
 from megatron_zj.config.algorithm import SamplingConfig
 from megatron_zj.config.loader import ConfigError
@@ -18,6 +18,9 @@ NOTICE = "A language model answers here. Its answers are not medical advice.\n/n
 
 def main(argv: Sequence[str]) -> int:
     """A conversation on standard input and output."""
+    if wants_help(argv):
+        sys.stdout.write(help_text(__doc__))
+        return 0
     config = compose_inference(argv)
     if world_size_of_environment() > 1:
         raise ConfigError(["zj chat runs in one process; start it without torchrun"])

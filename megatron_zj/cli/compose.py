@@ -90,7 +90,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
 
 
 def _quote_foreign(text: str) -> str:
-    """The override with words that Hydra's grammar cannot read bare (Chinese, a leading ``~``) put in quotes."""
+    """The override with words that Hydra's grammar cannot read bare (Chinese, ``~``, ``<human>``) put in quotes."""
     key, equals, value = text.partition("=")
     pieces = _QUOTED.split(value)
     pieces[::2] = [_WORD.sub(_quote_word, piece) for piece in pieces[::2]]
@@ -98,7 +98,7 @@ def _quote_foreign(text: str) -> str:
 
 
 def _quote_word(word: re.Match[str]) -> str:
-    return f"'{word[0]}'" if not word[0].isascii() or "~" in word[0] else word[0]
+    return f"'{word[0]}'" if not word[0].isascii() or set("~<>") & set(word[0]) else word[0]
 
 
 def compose_plain(overrides: Sequence[str]) -> dict[str, Any]:

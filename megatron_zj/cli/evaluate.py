@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_zj.cli.inference import LoadedModel, compose_inference
+from megatron_zj.cli.inference import LoadedModel, compose_inference, help_text, wants_help
 from megatron_zj.cli.main import guarded
 from megatron_zj.config.inference import InferenceConfig, Suite
 from megatron_zj.config.loader import ConfigError
@@ -39,6 +39,9 @@ Json = dict[str, Any]
 
 def main(argv: Sequence[str]) -> int:
     """Load the checkpoint once, run every suite."""
+    if wants_help(argv):
+        sys.stdout.write(help_text(__doc__))
+        return 0
     config = compose_inference(argv)
     plan = plan_suites(config)
     with session(config.run.device, config.run.timeout_seconds) as process:

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron_zj.cli.inference import LoadedModel, compose_inference
+from megatron_zj.cli.inference import LoadedModel, compose_inference, help_text, wants_help
 from megatron_zj.cli.main import guarded
 from megatron_zj.config.inference import InferenceConfig
 from megatron_zj.config.loader import ConfigError
@@ -24,6 +24,9 @@ ANSWERS = "answers.jsonl"  # in run.dir
 
 def main(argv: Sequence[str]) -> int:
     """Read prompts, sample, write ``run.dir/answers.jsonl`` with {"prompt", "answer", "finished"} a line."""
+    if wants_help(argv):
+        sys.stdout.write(help_text(__doc__))
+        return 0
     config = compose_inference(argv)
     if not config.data.files:
         raise ConfigError(["data.files: no prompts; give data.files=[FILE,...]"])

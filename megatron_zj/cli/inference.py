@@ -5,7 +5,7 @@ Every function here is collective over the world and takes and returns whole lis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from megatron_zj.checkpoint.load import load, newest
 from megatron_zj.checkpoint.manifest import TOKENIZER, RoleInfo, read_manifest
 from megatron_zj.cli.prepare import settings
 from megatron_zj.config.algorithm import SamplingConfig
-from megatron_zj.config.inference import InferenceConfig
-from megatron_zj.config.loader import ConfigError
+from megatron_zj.config.inference import InferenceConfig, SourceConfig
+from megatron_zj.config.loader import ConfigError, to_dict
 from megatron_zj.config.loader import load as load_config
 from megatron_zj.config.model import HeadKind
 from megatron_zj.data.batch import Batch, Rows
@@ -37,6 +37,25 @@ _SHOWN = 30  # characters of a prompt in a message
 def compose_inference(overrides: Sequence[str]) -> InferenceConfig:
     """``key=value`` overrides, checked against InferenceConfig."""
     return load_config(InferenceConfig, settings(overrides, {}))
+
+
+def wants_help(argv: Sequence[str]) -> bool:
+    """Whether the command line asks what it may hold."""
+    return any(word in ("-h", "--help") for word in argv)
+
+
+def help_text(usage: str | None) -> str:
+    """The command's first words and every key of InferenceConfig with its default."""
+    defaults = to_dict(InferenceConfig(checkpoint=SourceConfig(load=Path("DIR"))))
+    lines = [f"  {key}={value}" for key, value in _leaves(defaults)]
+    return "\n".join([(usage or "").strip(), "", "keys and defaults:", *lines, ""])
+
+
+def _leaves(tree: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in tree.items():
+        found += _leaves(value, f"{path}{name}.") if isinstance(value, Mapping) else [(f"{path}{name}", value)]
+    return found
 
 
 class LoadedModel:

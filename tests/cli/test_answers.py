@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaForCausalLM
 
+from megatron_zj.cli import chat, evaluate, generate
 from megatron_zj.cli.inference import LoadedModel, compose_inference
 from megatron_zj.data.chat import Message, render_prompt
 from megatron_zj.runtime.distributed import Process
@@ -151,3 +153,11 @@ def test_a_sweep_of_real_runs_with_one_that_fails_gives_three_results(world: Pat
     assert len(list((world / "sweep").glob("*/checkpoints/step_00000001/manifest.json"))) == 3
     assert "FAILED 000_data.max_length=64,data.overlong=error" in outcome.output
     assert f"error: {path}, record at line " in outcome.output
+
+
+@pytest.mark.parametrize("command", [evaluate, generate, chat])
+def test_help_lists_every_key_with_its_default(command: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "checkpoint.load=DIR" in shown
+    assert "sampling.temperature=1.0" in shown

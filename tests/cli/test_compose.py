@@ -8,7 +8,15 @@ import pytest
 import yaml
 
 from megatron_zj.cli import compose
-from megatron_zj.cli.compose import compose_run, conf_folder, frozen_text, load_frozen, options_of, save_frozen
+from megatron_zj.cli.compose import (
+    compose_run,
+    conf_folder,
+    frozen_text,
+    load_frozen,
+    options_of,
+    parse_overrides,
+    save_frozen,
+)
 from megatron_zj.config.algorithm import PPOConfig
 from megatron_zj.config.data import ChatConfig, CorpusConfig
 from megatron_zj.config.loader import ConfigError
@@ -113,6 +121,11 @@ def test_a_role_inherits_what_it_does_not_set_from_the_run() -> None:
 )
 def test_a_slip_on_the_command_line_is_named_with_a_remedy(override: str, expected: str) -> None:
     assert refusal(override).startswith(expected)
+
+
+def test_special_tokens_need_no_quotes() -> None:
+    (override,) = parse_overrides(["special_tokens=[<human>,<bot>]"])
+    assert override.value() == ["<human>", "<bot>"]
 
 
 def test_chinese_paths_need_no_quotes() -> None:
