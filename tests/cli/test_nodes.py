@@ -16,6 +16,7 @@ from tests.train import stages
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
+CORES = sorted(os.sched_getaffinity(0))
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +24,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data, and the pre-training run by one agent with two workers."""
     made = tmp_path_factory.mktemp("nodes")
     stages.make_data(made)
-    _wait([_agent(["--standalone", "--nproc-per-node=2"], made, "one")])
+    _wait([_agent(["--standalone", "--nproc-per-node=2"], made, "one", CORES[:2])])
     return made
 
 
-def _agent(launcher: list[str], folder: Path, run: str, **changes: object) -> subprocess.Popen[str]:
-    overrides = stages.overrides_of("pretrain", folder, run, **changes)
+def _agent(launcher: list[str], folder: Path, run: str, cores: list[int]) -> subprocess.Popen[str]:
+    """``cores``: of this node.  One a rank everywhere: with more threads a product rounds differently."""
+    overrides = stages.overrides_of("pretrain", folder, run)
     command = [sys.executable, "-m", "torch.distributed.run", *launcher, "-m", "megatron_zj.cli.train", *overrides]
     environment = {
         **os.environ,
@@ -38,7 +40,13 @@ def _agent(launcher: list[str], folder: Path, run: str, **changes: object) -> su
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
     )
 
 
@@ -53,12 +61,14 @@ def _wait(agents: list[subprocess.Popen[str]], timeout: float = 240.0) -> list[s
     return outputs
 
 
-def _two_nodes() -> list[list[str]]:
+def _two_nodes() -> list[tuple[list[str], list[int]]]:
+    """Launcher arguments and cores of each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
-    return [[*shared, "--rdzv-id=nodes", "--local-addr=127.0.0.1", "--max-restarts=2"] for _ in range(2)]
+    launcher = [*shared, "--rdzv-id=nodes", "--local-addr=127.0.0.1", "--max-restarts=2"]
+    return [(launcher, [CORES[node % len(CORES)]]) for node in range(2)]
 
 
 def _check_equal(folder: Path, run: str) -> None:
@@ -67,12 +77,12 @@ def _check_equal(folder: Path, run: str) -> None:
 
 
 def test_two_agents_train_as_one(folder: Path) -> None:
-    _wait([_agent(launcher, folder, "two") for launcher in _two_nodes()])
+    _wait([_agent(launcher, folder, "two", cores) for launcher, cores in _two_nodes()])
     _check_equal(folder, "two")
 
 
 def test_a_killed_worker_comes_back_and_goes_on_to_the_bit(folder: Path) -> None:
-    agents = [_agent(launcher, folder, "killed") for launcher in _two_nodes()]
+    agents = [_agent(launcher, folder, "killed", cores) for launcher, cores in _two_nodes()]
     first = folder / "killed" / "checkpoints" / "step_00000001" / "manifest.json"
     deadline = time.monotonic() + 200
     while not first.is_file() and time.monotonic() < deadline and all(agent.poll() is None for agent in agents):
