@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -232,14 +231,6 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
     if config.path is None:
         raise DataError("no tokenizer\n  -> set tokenizer.path to a SentencePiece .model file or a tokenizer folder")
     return load_tokenizer(config.path, config.special_tokens)
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the files of a saved tokenizer, as they are."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (SP_FILE, HF_FILE, _HF_CONFIG, _HF_SPECIAL, _HF_ADDED):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
 
 
 def _read_model(path: Path) -> bytes:

@@ -118,11 +118,6 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def hide_gpus() -> None:
-    """Make this process see no GPU.  Only before anything asks for CUDA (``megatron_zj.parallel`` does at import)."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
-
 def world_size_of_environment() -> int:
     """How many ranks the launcher started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
