@@ -32,7 +32,7 @@ class ScoreError(ValueError):
 
 
 class Shaping:
-    """score = clip((raw - mean) / deviation + rules) - penalties.
+    """score = sign x clip((raw - mean) / deviation + rules) - penalties.
 
     Mean and deviation: the reward model's own, or (``running_scores``) those of all scores of this run, this batch
     included, or 0 and 1.  ``decode``: token ids to text, for the rules.
@@ -57,6 +57,7 @@ class Shaping:
             scores_R = scores_R + torch.tensor([self._rule_rewards(answer) for answer in self._answers(samples)])
         if config.score_clip is not None:
             scores_R = scores_R.clamp(-config.score_clip, config.score_clip)
+        scores_R = config.score_sign * scores_R
         scores_R = scores_R - config.missing_eos_penalty * samples.per_row["truncated"].to(scores_R.dtype)
         if config.length_penalty:
             excess_R = (response_lengths(samples.per_token["response_mask"]) - config.length_free).clamp(min=0)

@@ -216,6 +216,7 @@ class OnPolicyConfig:
     running_scores: bool = False  # instead: by the mean and deviation of all scores of this run so far
     score_clip: float | None = None  # scaled scores, rules included, count between -/+ this; None: no clip
     rules: dict[str, float] = field(default_factory=dict)  # rule rewards by name (algorithms/rules.py) -> weight
+    score_sign: Literal[1, -1] = 1  # -1: maximise the opposite, a control experiment that has to make the policy worse
     missing_eos_penalty: float = 0.0  # subtracted from the score of a truncated answer
     length_penalty: float = 0.0  # subtracted from the score for each token beyond length_free
     length_free: int = 0  # tokens of an answer that cost nothing

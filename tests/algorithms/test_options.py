@@ -220,6 +220,25 @@ def test_a_score_that_is_no_number_stops_every_rank() -> None:
     assert run_ranks(2, _shapes, 5) == ["", ""]
 
 
+def _shaped(sign: Any) -> list[float]:
+    samples = Batch(
+        Rows.of([[1, 2, 3, 4], [5, 6, 7]]),
+        {"response_mask": Rows.of([[0, 1, 1, 1], [0, 1, 1]])},
+        {"truncated": torch.tensor([1, 0])},
+    )
+    config = PPOConfig(score_sign=sign, score_clip=2.0, missing_eos_penalty=0.5, length_penalty=0.25, length_free=2)
+    shaped: list[float] = Shaping(config, ScoreScale(1.0, 2.0), lambda ids: "")(
+        torch.tensor([9.0, 0.0]), samples
+    ).tolist()
+    return shaped
+
+
+def test_the_sign_turns_the_score_round_and_leaves_the_penalties() -> None:
+    """(9 - 1) / 2 = 4, clipped to 2; (0 - 1) / 2 = -0.5; the first pays 0.5 for its end 0.25 for its third token."""
+    assert run_ranks(1, _shaped, 1) == [[2.0 - 0.75, -0.5]]
+    assert run_ranks(1, _shaped, -1) == [[-2.0 - 0.75, 0.5]]
+
+
 def test_balanced_minibatches_have_like_tokens_and_every_row_once() -> None:
     lengths = [int(x) for x in torch.randint(1, 200, (64,), generator=torch.Generator().manual_seed(5))]
     rows = Rows.of([[0] * length for length in lengths], torch.int64)
