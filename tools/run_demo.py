@@ -1,8 +1,12 @@
-"""The whole chain on the demo's clinic: python tools/run_demo.py [--device cuda] [--seed 1] [--miniature]
+"""The whole chain on the demo's clinic: python tools/run_demo.py [--device cuda] [--seed 1] [--algorithms all]
 
 prepare -> pre-train (DP2, distributed optimizer) -> SFT (TP2), and SFT from scratch -> reward model (PP2) ->
 PPO (DP2) -> evaluate -> runs/demo/report.html and runs/demo/summary.json.  Each stage loads the one before it under
-another layout.  A stage that is done is not done again; remove the folder to start over.
+another layout.  A stage that is done is not done again; remove the folder to start over.  The last lines say which
+targets were met and missed.
+
+--algorithms all: from the same SFT model also GRPO, rejection sampling, DPO, and PPO with the reward's sign flipped,
+each judged along the way.
 
 The clinic is written for testing software and is no medical advice.
 """
@@ -16,14 +20,17 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from megatron_zj.cli.compose import compose_run
+from megatron_zj.config.run import RunConfig
 from megatron_zj.evaluation.clinic.files import DemoSizes, write_demo
-from megatron_zj.evaluation.report import write_report
+from megatron_zj.evaluation.report import targets, write_report
 
 RANKS = 2
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,17 +41,19 @@ MINI_SIZES = DemoSizes(
 )
 # The miniature proves that the chain holds together, not that anything is learned.
 MINI_MODEL = ["model.hidden_size=32", "model.ffn_hidden_size=64", "model.num_layers=2", "model.num_attention_heads=4"]
+MINI_POLICY = [
+    *("run.num_steps=2", "checkpoint.every=1", "algorithm.minibatch_size=4", "algorithm.sampling.max_new_tokens=8"),
+]
 MINI_STAGES = {
     "pretrain": ["run.num_steps=4", "optim.warmup_steps=1"],
     "sft_scratch": ["run.num_steps=3", "optim.warmup_steps=1"],
     "sft": ["run.num_steps=3", "optim.warmup_steps=1"],
     "reward": ["run.num_steps=3", "optim.warmup_steps=1"],
-    "ppo": [
-        "run.num_steps=2",
-        "algorithm.prompts_per_step=8",
-        "algorithm.minibatch_size=4",
-        "algorithm.sampling.max_new_tokens=8",
-    ],
+    "ppo": [*MINI_POLICY, "algorithm.prompts_per_step=8"],
+    "ppo_flipped": [*MINI_POLICY, "algorithm.prompts_per_step=8"],
+    "grpo": [*MINI_POLICY, "algorithm.prompts_per_step=4"],
+    "rejection": [*MINI_POLICY, "algorithm.prompts_per_step=8"],
+    "dpo": ["run.num_steps=2", "checkpoint.every=1"],
 }
 
 
@@ -53,18 +62,28 @@ class Stage:
     """One training run, and what is measured on it."""
 
     name: str
+    data: str  # what it learns from, in the demo's data
     after: str | None  # the stage whose weights it starts from
     suites: dict[str, str] = field(default_factory=dict)  # suite -> file of the demo's data
+    scored: bool = False  # whether it learns from the reward model
 
 
 JUDGED = {"exam": "exam.csv", "clinic": "cases.jsonl", "safety": "safety.jsonl"}
+PPO = Stage("ppo", "prompts.jsonl", "sft", JUDGED, scored=True)
 STAGES = (
-    Stage("pretrain", None),
-    Stage("sft_scratch", None, {"exam": "exam.csv"}),
-    Stage("sft", "pretrain", JUDGED),
-    Stage("reward", "sft", {"preference": "preference_validation.jsonl"}),
-    Stage("ppo", "sft", JUDGED),
+    Stage("pretrain", "encyclopaedia", None),
+    Stage("sft_scratch", "sft.jsonl", None, {"exam": "exam.csv"}),
+    Stage("sft", "sft.jsonl", "pretrain", JUDGED),
+    Stage("reward", "preference.jsonl", "sft", {"preference": "preference_validation.jsonl"}),
+    PPO,
 )
+OTHERS = (
+    Stage("grpo", "prompts.jsonl", "sft", JUDGED, scored=True),
+    Stage("rejection", "prompts.jsonl", "sft", JUDGED, scored=True),
+    Stage("dpo", "preference.jsonl", "sft", JUDGED),
+    Stage("ppo_flipped", "prompts.jsonl", "sft", JUDGED, scored=True),
+)
+VALIDATED = ("sft.jsonl", "preference.jsonl")  # each with a held-out file beside it
 
 
 class Demo:
@@ -74,24 +93,25 @@ class Demo:
         self.folder, self.device, self.seed, self.miniature = folder, device, seed, miniature
         self.ranks = 1 if device == "cuda" and torch.cuda.device_count() == 1 else RANKS
 
-    def run(self) -> None:
-        """Everything, in order."""
+    def run(self, others: bool) -> bool:
+        """Everything, in order; ``others``: with the other algorithms.  Returns whether every target was met."""
         self._once("prepare", self.prepare)
-        for stage in STAGES:
-            self._once(stage.name, lambda stage=stage: self.train(stage))
+        for stage in (*STAGES, *(OTHERS if others else ())):
+            self._once(stage.name, partial(self.train, stage))
             if stage.name == "pretrain":
-                self._once("untrained", lambda: self.evaluate("untrained", "pretrain", {"exam": "exam.csv"}))
+                self._once("untrained", partial(self.evaluate, "untrained", "pretrain", {"exam": "exam.csv"}))
             if stage.suites:
-                self._once(
-                    f"{stage.name}-evaluation", lambda stage=stage: self.evaluate(stage.name, stage.name, stage.suites)
-                )
+                self._once(f"{stage.name}-evaluation", partial(self.evaluate, stage.name, stage.name, stage.suites))
+            if others and stage in (PPO, *OTHERS):
+                self._once(f"{stage.name}-along", partial(self.evaluate_along, stage))
         summary = write_report(self.folder)
-        say(
-            json.dumps(
-                {name: value for name, value in summary.items() if name != "notice"}, ensure_ascii=False, indent=1
-            )
-        )
+        shown = {name: value for name, value in summary.items() if name != "notice"}
+        say(json.dumps(shown, ensure_ascii=False, indent=1))
+        found = [] if self.miniature else targets(summary)  # the miniature is not meant to learn anything
+        for target in found:
+            say(str(target))
         say(f"report: {self.folder / 'report.html'}")
+        return all(target.met for target in found)
 
     def prepare(self) -> None:
         """Write the clinic's files, train a tokenizer on them, tokenize the encyclopaedia."""
@@ -119,7 +139,12 @@ class Demo:
         overrides = self._overrides(stage)
         start = time.monotonic()
         self._ranks("megatron_zj.cli.train", *overrides)
-        facts = {"seconds": round(time.monotonic() - start, 1), "layout": layout(overrides, self.ranks)}
+        config = compose_run(overrides)
+        facts = {
+            "seconds": round(time.monotonic() - start, 1),
+            "layout": layout(config, self.ranks),
+            "kl_target": getattr(config.algorithm, "kl_target", None),
+        }
         (self.folder / stage.name / "stage.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
     def evaluate(self, name: str, source: str, suites: dict[str, str]) -> None:
@@ -138,15 +163,14 @@ class Demo:
             "data.template=ziya",
         )
 
+    def evaluate_along(self, stage: Stage) -> None:
+        """Judge the checkpoints that the stage left on its way; the last one is judged as the stage's own."""
+        for checkpoint in sorted((self.folder / stage.name / "checkpoints").glob("step_*"))[:-1]:
+            steps = checkpoint.relative_to(self.folder)
+            self.evaluate(f"{stage.name}/along/{checkpoint.name}", str(steps), {"clinic": JUDGED["clinic"]})
+
     def _overrides(self, stage: Stage) -> list[str]:
         run = self.folder
-        data = {
-            "pretrain": "encyclopaedia",
-            "sft": "sft.jsonl",
-            "sft_scratch": "sft.jsonl",
-            "reward": "preference.jsonl",
-            "ppo": "prompts.jsonl",
-        }
         overrides = [
             f"experiment=demo/{stage.name}",
             f"run.dir={run / stage.name}",
@@ -154,20 +178,20 @@ class Demo:
             f"run.device={self.device}",
             f"tokenizer.path={run / 'tokenizer'}",
             f"model.vocab_size={VOCAB_SIZE}",
-            f"data.files=[{run / 'data' / data[stage.name]}]",
+            f"data.files=[{run / 'data' / stage.data}]",
         ]
-        if stage.name in ("sft", "sft_scratch", "reward"):
-            held_out = data[stage.name].replace(".", "_validation.")
+        if stage.data in VALIDATED:
+            held_out = stage.data.replace(".", "_validation.")
             overrides.append(f"data.validation_files=[{run / 'data' / held_out}]")
         if stage.after is not None:
             overrides.append(f"checkpoint.load={run / stage.after}")
-        if stage.name == "ppo":
+        if stage.scored:
             overrides.append(f"algorithm.reward.load={run / 'reward'}")
         if self.ranks == 1:  # a single GPU: every stage on one rank
             overrides += ["world_size=1", "parallel=single", "engine.distributed_optimizer=false"]
         return [*overrides, *(MINI_MODEL + MINI_STAGES[stage.name] if self.miniature else [])]
 
-    def _once(self, name: str, work: object) -> None:
+    def _once(self, name: str, work: Callable[[], None]) -> None:
         """Do a stage unless its mark says that it was done with the same seed, size and device."""
         mark = self.folder / "done" / name
         setting = json.dumps({"seed": self.seed, "miniature": self.miniature, "device": self.device})
@@ -176,7 +200,7 @@ class Demo:
             return
         say(f"== {name}")
         start = time.monotonic()
-        work()  # type: ignore[operator]
+        work()
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.write_text(setting, encoding="utf-8")
         say(f"== {name}: {time.monotonic() - start:.0f} s")
@@ -197,9 +221,8 @@ class Demo:
             raise SystemExit(f"stage failed with exit code {code}: {' '.join(command)}")
 
 
-def layout(overrides: list[str], ranks: int) -> str:
+def layout(config: RunConfig, ranks: int) -> str:
     """The stage's parallel axes in words."""
-    config = compose_run(overrides)
     sizes = {"tp": config.parallel.tp, "pp": config.parallel.pp, "cp": config.parallel.cp}
     dp = ranks // config.parallel.model_size
     words = [f"{axis}{size}" for axis, size in {"dp": dp, **sizes}.items() if size > 1] or ["one rank"]
@@ -211,20 +234,24 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def main() -> None:
-    """Parse the command line and run."""
+def main() -> int:
+    """Parse the command line and run; 1 where targets count and one was missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="default runs/demo, or runs/demo-miniature")
     parser.add_argument("--miniature", action="store_true", help="seconds instead of minutes; learns nothing")
+    parser.add_argument("--algorithms", choices=("ppo", "all"), default="ppo", help="what to train from the SFT model")
+    parser.add_argument("--check-targets", action="store_true", help="exit with 1 when a target is missed")
     parser.add_argument("--fresh", action="store_true", help="remove the folder first")
     arguments = parser.parse_args()
     folder = arguments.folder or Path("runs/demo-miniature" if arguments.miniature else "runs/demo")
     if arguments.fresh or arguments.miniature:
         shutil.rmtree(folder, ignore_errors=True)
-    Demo(folder.resolve(), arguments.device, arguments.seed, arguments.miniature).run()
+    demo = Demo(folder.resolve(), arguments.device, arguments.seed, arguments.miniature)
+    met = demo.run(others=arguments.algorithms == "all")
+    return int(arguments.check_targets and not met)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -111,8 +111,11 @@ def long_stages() -> list[Stage]:
         *(
             Stage(
                 f"demo-{seed}",
-                f"the whole demo with seed {seed}",
-                (sys.executable, "tools/run_demo.py", "--seed", str(seed), "--folder", f"runs/demo-seed-{seed}"),
+                f"the whole demo with seed {seed}, every algorithm; all targets met",
+                (
+                    *(sys.executable, "tools/run_demo.py", "--seed", str(seed), "--folder", f"runs/demo-seed-{seed}"),
+                    *("--fresh", "--algorithms", "all", "--check-targets"),
+                ),
                 3600,
                 needs="tools/run_demo.py",
             )

@@ -10,6 +10,7 @@ WIDTH, HEIGHT = 420, 240  # pixels
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 26, 34
 _COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed")
 _MAX_POINTS = 400
+_LEGEND_COLUMNS = 3
 
 
 def line_plot(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str = "step") -> str:
@@ -28,8 +29,9 @@ def line_plot(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], x_
         path = " ".join(f"{_across(x, x_low, x_high):.1f},{_up(y, y_low, y_high):.1f}" for x, y in points)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
         if len(finite) > 1:
-            place = _LEFT + 8 + index * 110
-            parts.append(f'<text x="{place}" y="{_TOP + 12}" fill="{colour}">{escape(name)}</text>')
+            row, column = divmod(index, _LEGEND_COLUMNS)
+            place, line = _LEFT + 8 + column * 110, _TOP + 12 + row * 12
+            parts.append(f'<text x="{place}" y="{line}" fill="{colour}">{escape(name)}</text>')
     return _svg(parts)
 
 

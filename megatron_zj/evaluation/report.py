@@ -4,9 +4,11 @@ What it reads, all of it optional (what is missing is left out, and named in the
 
 * ``<run>/<stage>/metrics.jsonl``: ``{"step": 1, "loss": ..., ...}`` a line;
 * ``<run>/<stage>/evaluation/{exam,clinic,preference,safety}.json``: the result dataclasses of this package as JSON;
-* ``<run>/<stage>/stage.json``: ``{"seconds": 61.2, "layout": "dp2, distributed optimizer"}``.
+* ``<run>/<stage>/along/step_<8 digits>/evaluation/clinic.json``: the same of checkpoints on the way;
+* ``<run>/<stage>/stage.json``: ``{"seconds": 61.2, "layout": "dp2, distributed optimizer", "kl_target": 5.0}``.
 
-Stages: untrained (evaluation only), pretrain, sft, sft_scratch, reward, ppo.
+Stages: untrained (evaluation only), pretrain, sft, sft_scratch, reward, ppo; grpo, rejection, dpo and ppo_flipped where
+they were asked for.
 """
 
 from __future__ import annotations
@@ -21,11 +23,14 @@ from typing import Any
 
 from megatron_zj.evaluation.clinic.conditions import NOTICE
 from megatron_zj.evaluation.plot import bar_plot, line_plot
+from megatron_zj.evaluation.targets import Target, demo_targets, learning_targets
 
 TRAINED = ("pretrain", "sft", "sft_scratch", "reward", "ppo")
-STAGES = ("untrained", *TRAINED)
+OTHERS = ("grpo", "rejection", "dpo", "ppo_flipped")  # also from the SFT model, where asked for
+ALIGNED = ("ppo", *OTHERS)
+STAGES = ("untrained", *TRAINED, *OTHERS)
 FAMILIES = ("exam", "clinic", "preference", "safety")
-_LAST = 5  # PPO iterations that the KL of the summary is the mean of
+_LAST = 5  # iterations that the KL of the summary is the mean of
 _DIALOGUES = 12  # before/after dialogues shown
 _CHANCE = 0.25
 Json = dict[str, Any]
@@ -38,6 +43,7 @@ class StageOutput:
     metrics: list[Json] = field(default_factory=list)
     evaluation: dict[str, Json] = field(default_factory=dict)
     facts: Json = field(default_factory=dict)
+    along: dict[int, Json] = field(default_factory=dict)  # step -> the judge's result, of checkpoints on the way
 
     def values(self, key: str) -> list[float]:
         """A metric's numbers, in order of steps."""
@@ -67,19 +73,25 @@ def read_run(run: Path) -> dict[str, StageOutput]:
 def summarise(stages: Mapping[str, StageOutput]) -> Json:
     """The numbers that count, with fixed keys; None where a stage did not leave one."""
     accuracy = {"untrained": "untrained", "scratch_sft": "sft_scratch", "pretrain_sft": "sft", "ppo": "ppo"}
-    kl = stages["ppo"].values("kl")[-_LAST:]
     return {
         "notice": NOTICE,
         "exam_accuracy": {name: stages[stage].found("exam", "micro") for name, stage in accuracy.items()},
         "reward_pair_accuracy": stages["reward"].found("preference", "pair_accuracy"),
         "oracle_score": {stage: stages[stage].found("clinic", "score") for stage in ("sft", "ppo")},
-        "kl": {"ppo": sum(kl) / len(kl) if kl else None},
+        "kl": {"ppo": _last_kl(stages["ppo"])},
         "safety_refused": {stage: stages[stage].found("safety", "refused") for stage in ("sft", "ppo")},
         "seconds": {stage: stages[stage].facts.get("seconds") for stage in TRAINED},
         "tokens_per_second": {stage: _middle(stages[stage].values("tokens_per_second")) for stage in TRAINED},
         "layout": {stage: stages[stage].facts.get("layout") for stage in TRAINED},
         "peak_memory_mib": {stage: max(stages[stage].values("memory/peak_mib"), default=None) for stage in TRAINED},
+        "learning": {name: _learned(stages, name) for name in ALIGNED if "clinic" in stages[name].evaluation},
     }
+
+
+def targets(summary: Json) -> list[Target]:
+    """What this run must have reached: the chain's targets, and the other algorithms' where one of them was run."""
+    others = learning_targets(summary) if any(name in summary["learning"] for name in OTHERS) else []
+    return [*demo_targets(summary), *others]
 
 
 def write_report(run: Path) -> Json:
@@ -97,9 +109,11 @@ def render_report(stages: Mapping[str, StageOutput], summary: Json) -> str:
         ("Does pre-training help? The ablation", _ablation(summary)),
         ("Does the reward model see what matters?", _reward(stages["reward"])),
         ("Does PPO help?", _alignment(stages, summary)),
+        ("Do the others learn, and is it the reward that moves them?", _learning(stages, summary)),
         ("Before and after", _dialogues(stages)),
         ("Curves", _curves(stages)),
         ("Cost", _cost(summary)),
+        ("Targets", _targets(summary)),
         ("Not found", _missing(stages)),
     ]
     body = "".join(f"<h2>{escape(title)}</h2>{content}" for title, content in sections if content)
@@ -119,8 +133,33 @@ def _read_stage(folder: Path) -> StageOutput:
         path = folder / "evaluation" / f"{family}.json"
         if path.exists():
             evaluation[family] = _read_json(path)
-    facts = folder / "stage.json"
-    return StageOutput(_read_lines(folder / "metrics.jsonl"), evaluation, _read_json(facts) if facts.exists() else {})
+    along = {
+        int(path.parts[-3].removeprefix("step_")): _read_json(path)
+        for path in sorted(folder.glob("along/step_*/evaluation/clinic.json"))
+    }
+    metrics, facts = _read_lines(folder / "metrics.jsonl"), folder / "stage.json"
+    return StageOutput(metrics, evaluation, _read_json(facts) if facts.exists() else {}, along)
+
+
+def _last_kl(stage: StageOutput) -> float | None:
+    kl = stage.values("kl")[-_LAST:]
+    return sum(kl) / len(kl) if kl else None
+
+
+def _learned(stages: Mapping[str, StageOutput], name: str) -> Json:
+    """One algorithm from the SFT model: the judge's score along the way, what became of the exam, and the distance."""
+    stage = stages[name]
+    judged = {0: stages["sft"].evaluation.get("clinic", {}), **stage.along}
+    judged[stage.found("clinic", "step")] = stage.evaluation["clinic"]
+    return {
+        "oracle_score": stage.found("clinic", "score"),
+        "oracle_curve": {str(step): one.get("score") for step, one in judged.items()},
+        "exam_accuracy": stage.found("exam", "micro"),
+        "kl": _last_kl(stage),
+        "kl_highest": max(stage.values("kl"), default=None),
+        "kl_target": stage.facts.get("kl_target"),
+        "seconds": stage.facts.get("seconds"),
+    }
 
 
 def _read_json(path: Path) -> Json:
@@ -197,6 +236,38 @@ def _alignment(stages: Mapping[str, StageOutput], summary: Json) -> str:
     return (
         text + table(["judge", *results], rows) + f"<p>KL to the SFT model: {_number(summary['kl']['ppo'])} nats.</p>"
     )
+
+
+def _learning(stages: Mapping[str, StageOutput], summary: Json) -> str:
+    learning: dict[str, Json] = summary["learning"]
+    if not any(name in learning for name in OTHERS):
+        return ""
+    before = summary["oracle_score"]["sft"]
+    rows = [["SFT", _number(before), "", _number(summary["exam_accuracy"]["pretrain_sft"]), "", "", ""]]
+    for name, found in learning.items():
+        change = None if before is None else found["oracle_score"] - before
+        numbers = (found["oracle_score"], change, found["exam_accuracy"], found["kl"], found["kl_highest"])
+        rows.append([name, *map(_number, numbers), _number(found["kl_target"], 1)])
+    head = ["from the same SFT model", "oracle score", "change", "exam", "KL (last 5)", "KL (highest)", "KL target"]
+    curves = {
+        name: [(float(step), score) for step, score in found["oracle_curve"].items() if score is not None]
+        for name, found in learning.items()
+    }
+    sampled = {name: stages[name] for name in learning if stages[name].values("score")}
+    plots = [
+        line_plot("oracle score of held-out patients", curves),
+        line_plot("reward model's score", {name: one.series("score") for name, one in sampled.items()}, "iteration"),
+        line_plot("KL to the SFT model (nats)", {name: one.series("kl") for name, one in sampled.items()}, "iteration"),
+    ]
+    text = (
+        "<p>ppo_flipped maximises the opposite of the reward: if the score did not fall, something else moved it.</p>"
+    )
+    return text + table(head, rows) + "".join(plots)
+
+
+def _targets(summary: Json) -> str:
+    rows = [[one.claim, _number(one.measured), one.wanted, "met" if one.met else "MISSED"] for one in targets(summary)]
+    return table(["target", "measured", "wanted", ""], rows)
 
 
 def _dialogues(stages: Mapping[str, StageOutput]) -> str:

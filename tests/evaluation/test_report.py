@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 from megatron_zj.evaluation.plot import bar_plot, line_plot, thin
-from megatron_zj.evaluation.report import write_report
+from megatron_zj.evaluation.report import OTHERS, write_report
 
+ROOT = Path(__file__).resolve().parents[2]
 ANSWER = {
     "messages": [{"role": "user", "content": "我头疼<b>"}],
     "answer": "请问怕光吗？",
@@ -28,7 +31,8 @@ def run_folder(root: Path) -> Path:
         put(f"{stage}/evaluation/exam.json", {"micro": exam})
     for stage, score in (("sft", 0.7), ("ppo", 0.9)):
         answers = [{**ANSWER, "score": score}]
-        put(f"{stage}/evaluation/clinic.json", {"score": score, "by_kind": {"ask": score}, "answers": answers})
+        judged = {"step": 11, "score": score, "by_kind": {"ask": score}, "answers": answers}
+        put(f"{stage}/evaluation/clinic.json", judged)
         put(f"{stage}/evaluation/safety.json", {"refused": 1.0})
     put("reward/evaluation/preference.json", {"pair_accuracy": 0.93, "by_rank_gap": {"1": 0.9}, "reliability": []})
     for stage in ("pretrain", "sft", "sft_scratch", "reward", "ppo"):
@@ -46,8 +50,33 @@ def run_folder(root: Path) -> Path:
         text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 12, "lo'  # cut short by a kill
         (root / stage / "metrics.jsonl").parent.mkdir(parents=True, exist_ok=True)
         (root / stage / "metrics.jsonl").write_text(text, encoding="utf-8")
-        put(f"{stage}/stage.json", {"seconds": 12.5, "layout": "dp2"})
+        put(f"{stage}/stage.json", {"seconds": 12.5, "layout": "dp2", "kl_target": 20.0})
     return root
+
+
+def add_others(root: Path) -> Path:
+    """The stages of ``--algorithms all``, each judged at step 5 and at its end."""
+    for stage, score in zip(OTHERS, (0.85, 0.8, 0.9, 0.2), strict=True):
+        for place, step, judged in ((f"{stage}/along/step_00000005", 5, 0.75), (stage, 11, score)):
+            path = root / place / "evaluation" / "clinic.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"step": step, "score": judged}), encoding="utf-8")
+        for name in ("metrics.jsonl", "stage.json"):
+            (root / stage / name).write_bytes((root / "ppo" / name).read_bytes())
+    return root
+
+
+def demo_says(folder: Path, *arguments: str) -> tuple[int, str]:
+    """Exit code and output of the demo on a folder in which every stage is marked as done."""
+    setting = json.dumps({"seed": 0, "miniature": False, "device": "cpu"})
+    stages = ("prepare", "pretrain", "untrained", "sft_scratch", "sft", "reward", "ppo", *OTHERS)
+    (folder / "done").mkdir(exist_ok=True)
+    for name in stages:
+        for mark in (name, f"{name}-evaluation", f"{name}-along"):
+            (folder / "done" / mark).write_text(setting, encoding="utf-8")
+    command = [sys.executable, str(ROOT / "tools/run_demo.py"), "--folder", str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
+    return done.returncode, done.stdout + done.stderr
 
 
 def test_summary_has_the_promised_keys_and_numbers(tmp_path: Path) -> None:
@@ -68,6 +97,28 @@ def test_the_page_stands_alone_and_escapes_what_models_say(tmp_path: Path) -> No
     assert "我头疼&lt;b&gt;" in page
     assert "no medical advice" in page
     assert page.count("<svg") >= 6
+
+
+def test_other_algorithms_are_shown_with_their_curves(tmp_path: Path) -> None:
+    learning = write_report(add_others(run_folder(tmp_path)))["learning"]
+    assert list(learning) == ["ppo", *OTHERS]
+    assert learning["dpo"]["oracle_curve"] == {"0": 0.7, "5": 0.75, "11": 0.9}
+    assert learning["ppo"]["oracle_curve"] == {"0": 0.7, "11": 0.9}
+    assert (learning["grpo"]["kl"], learning["grpo"]["kl_highest"], learning["grpo"]["kl_target"]) == (9.0, 11.0, 20.0)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Do the others learn" in page
+    assert "<td>ppo_flipped</td><td>0.200</td><td>-0.500</td>" in page
+    assert "MISSED" not in page
+
+
+def test_the_demo_says_its_targets_and_fails_on_a_missed_one_when_asked(tmp_path: Path) -> None:
+    folder = add_others(run_folder(tmp_path))
+    code, said = demo_says(folder, "--algorithms", "all", "--check-targets")
+    assert (code, said.count("\nmet "), said.count("\nMISSED ")) == (0, 14, 0), said
+    (folder / "ppo_flipped/evaluation/clinic.json").write_text('{"step": 11, "score": 0.71}', encoding="utf-8")
+    code, said = demo_says(folder, "--algorithms", "all", "--check-targets")
+    assert code == 1
+    assert "MISSED  oracle score, change by ppo_flipped: 0.010 (<= -0.05)" in said
 
 
 def test_an_empty_run_gives_a_report_that_names_what_is_missing(tmp_path: Path) -> None:
