@@ -31,46 +31,45 @@ class CorpusConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatConfig:
+class RecordsConfig:
+    """Records that become rows under a chat template."""
+
+    files: tuple[str, ...] = ()  # raw or prepared files, or folders of them
+    format: str = "auto"  # a name of data/formats, or auto
+    template: str = "ziya"  # a name of data/chat.py
+    max_length: int = 512  # tokens a row
+    overlong: Overlong = "truncate"  # what becomes of a longer record
+    on_bad_record: OnBadRecord = "error"  # a record that cannot be used: stop, or leave it out and count
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutConfig(RecordsConfig):
+    """Records of which some may be kept for validation."""
+
+    validation_files: tuple[str, ...] = ()  # held-out records
+    validation_fraction: float = 0.0  # of the records, when there are no validation_files
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig(HeldOutConfig):
     """Multi-turn dialogues for SFT; every assistant turn and its eos carry loss."""
 
     kind: Literal["chat"] = "chat"
-    files: tuple[str, ...] = ()  # raw or prepared files, or folders of them
-    format: str = "auto"  # a name of data/formats, or auto
-    template: str = "ziya"  # a name of data/chat.py
-    max_length: int = 512  # tokens a row
-    overlong: Overlong = "truncate"  # what becomes of a longer record
-    on_bad_record: OnBadRecord = "error"  # a record that cannot be used: stop, or leave it out and count
-    validation_files: tuple[str, ...] = ()  # held-out records
-    validation_fraction: float = 0.0  # of the records, when there are no validation_files
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreferenceConfig:
+class PreferenceConfig(HeldOutConfig):
     """Ranked responses (K >= 2 a prompt, ties allowed) for the reward model."""
 
     kind: Literal["preference"] = "preference"
-    files: tuple[str, ...] = ()  # raw or prepared files, or folders of them
-    format: str = "auto"  # a name of data/formats, or auto
-    template: str = "ziya"  # a name of data/chat.py
-    max_length: int = 512  # tokens a row
-    overlong: Overlong = "truncate"  # what becomes of a longer record
-    on_bad_record: OnBadRecord = "error"  # a record that cannot be used: stop, or leave it out and count
-    validation_files: tuple[str, ...] = ()  # held-out records
-    validation_fraction: float = 0.0  # of the records, when there are no validation_files
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptsConfig:
+class PromptsConfig(RecordsConfig):
     """Prompts for rollouts."""
 
     kind: Literal["prompts"] = "prompts"
-    files: tuple[str, ...] = ()  # raw or prepared files, or folders of them
-    format: str = "auto"  # a name of data/formats, or auto
-    template: str = "ziya"  # a name of data/chat.py
     max_length: int = 256  # tokens a prompt
-    overlong: Overlong = "truncate"  # what becomes of a longer record
-    on_bad_record: OnBadRecord = "error"  # a record that cannot be used: stop, or leave it out and count
 
 
 DataConfig = CorpusConfig | ChatConfig | PreferenceConfig | PromptsConfig

@@ -131,14 +131,6 @@ def render_prompt(messages: Sequence[Message], template: ChatTemplate, tokenizer
     return [token_id for span in render(messages, template, tokenizer) for token_id in span.ids]
 
 
-def render_text(messages: Sequence[Message], template: ChatTemplate) -> str:
-    """The chat string for people, special tokens by their names."""
-    return "".join(
-        f"<{part.name.strip('<>')}>" if isinstance(part, Token) else part.replace(CONTENT, content)
-        for part, content, _ in _parts(messages, template)
-    )
-
-
 def _parts(messages: Sequence[Message], template: ChatTemplate) -> list[tuple[Part, str, bool]]:
     """Every part of the chat string in order: the part, the content that goes in it, whether it is an answer's."""
     check_order(messages)

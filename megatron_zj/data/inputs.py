@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import megatron_zj.data.formats  # noqa: F401  (registers the formats)
-from megatron_zj.config.data import ChatConfig, DataConfig, OnBadRecord, Overlong, PreferenceConfig, PromptsConfig
+from megatron_zj.config.data import ChatConfig, DataConfig, OnBadRecord, Overlong, RecordsConfig
 from megatron_zj.data.chat import chat_template
 from megatron_zj.data.errors import BadRecord, DataError
 from megatron_zj.data.formats.reading import Item
@@ -36,7 +36,7 @@ class Conversion:
     @classmethod
     def of(cls, config: DataConfig, kind: Kind | None = None) -> Conversion:
         """From a data configuration.  A corpus has no template and no limit: its documents are cut later."""
-        if isinstance(config, ChatConfig | PreferenceConfig | PromptsConfig):
+        if isinstance(config, RecordsConfig):
             if config.overlong == "split" and not isinstance(config, ChatConfig):
                 raise DataError(
                     f"data.overlong=split has no meaning for data.kind={config.kind}\n"

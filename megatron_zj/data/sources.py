@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_zj.config.data import ChatConfig, CorpusConfig, PreferenceConfig, PromptsConfig
+from megatron_zj.config.data import ChatConfig, CorpusConfig, HeldOutConfig, PreferenceConfig, PromptsConfig
 from megatron_zj.data.corpus import CorpusUnits, DocumentTokens, SampleSet, Split, split_bounds
 from megatron_zj.data.dialogue import DialogueUnits, StoredUnits
 from megatron_zj.data.errors import DataError
@@ -27,8 +27,8 @@ RowsConfig = ChatConfig | PreferenceConfig | PromptsConfig
 
 def row_units(config: RowsConfig, tokenizer: Tokenizer, split: Split, *, progress: bool) -> StoredUnits | None:
     """Units of dialogues, rankings or prompts; None when there is no validation data."""
-    validation_files = () if isinstance(config, PromptsConfig) else config.validation_files
-    fraction = 0.0 if isinstance(config, PromptsConfig) or validation_files else config.validation_fraction
+    validation_files = config.validation_files if isinstance(config, HeldOutConfig) else ()
+    fraction = config.validation_fraction if isinstance(config, HeldOutConfig) and not validation_files else 0.0
     if not 0 <= fraction < 1:
         raise DataError(f"data.validation_fraction must be in [0, 1), got {fraction}")
     if split == "validation" and not validation_files and fraction == 0:

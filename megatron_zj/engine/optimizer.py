@@ -14,9 +14,8 @@ from torch import Tensor
 
 from megatron_zj.config.optim import EngineConfig, OptimConfig
 from megatron_zj.engine.schedule import LearningRate
+from megatron_zj.models.transformer_config import DTYPES
 from megatron_zj.parallel.groups import ParallelGroups, placement_world
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,6 @@ import torch
 import torch.distributed as dist
 
 
-def sum_floats(values: Sequence[float], group: dist.ProcessGroup, device: torch.device) -> list[float]:
-    """Element-wise sum over the group, in fp64; every rank gives as many values."""
-    return _reduce(values, group, device, dist.ReduceOp.SUM)
-
-
-def max_floats(values: Sequence[float], group: dist.ProcessGroup, device: torch.device) -> list[float]:
-    """Element-wise maximum over the group; every rank gives as many values."""
-    return _reduce(values, group, device, dist.ReduceOp.MAX)
-
-
 def broadcast_floats(
     values: Sequence[float], source: int, group: dist.ProcessGroup, device: torch.device
 ) -> list[float]:
@@ -33,12 +23,3 @@ def gather_objects(value: object, group: dist.ProcessGroup) -> list[object]:
     gathered: list[object] = [None] * group.size()
     dist.all_gather_object(gathered, value, group=group)
     return gathered
-
-
-def _reduce(
-    values: Sequence[float], group: dist.ProcessGroup, device: torch.device, operation: dist.ReduceOp.RedOpType
-) -> list[float]:
-    tensor = torch.tensor(list(values), dtype=torch.float64, device=device)
-    if group.size() > 1:
-        dist.all_reduce(tensor, operation, group=group)
-    return [float(value) for value in tensor.tolist()]

@@ -6,14 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_zj.data.chat import (
-    TEMPLATES,
-    Message,
-    chat_template,
-    render,
-    render_prompt,
-    render_text,
-)
+from megatron_zj.data.chat import TEMPLATES, Message, chat_template, render, render_prompt
 from megatron_zj.data.errors import BadRecord, DataError
 from megatron_zj.data.tokenizer import SentencePieceTokenizer
 
@@ -101,13 +94,6 @@ def test_system_turn_stands_once_before_the_first_question(tokenizer: SentencePi
     messages = [Message("system", "你是医生"), *dialogue([("头痛", "多久？")])]
     spans = render(messages, TEMPLATES["ziya"], tokenizer)
     assert list(spans[0].ids) == [1, *e("你是医生"), *e("\n"), human, *e(":头痛\n"), bot, *e(":")]
-
-
-def test_text_for_people_shows_the_frame() -> None:
-    messages = [*dialogue([("头痛", "多久？")]), Message("user", "三天")]
-    shown = "<bos><human>:头痛\n<bot>:多久？<eos>\n<bos><human>:三天\n<bot>:"
-    assert render_text(messages, TEMPLATES["ziya"]) == shown
-    assert render_text(messages, TEMPLATES["chimed_gpt"]) == "[human]:头痛\n[bot]:多久？<eos>[human]:三天\n[bot]:"
 
 
 @pytest.mark.parametrize(

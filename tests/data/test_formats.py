@@ -12,7 +12,6 @@ import pytest
 import megatron_zj.data.formats  # noqa: F401
 from megatron_zj.data.chat import Message, check_order
 from megatron_zj.data.errors import BadRecord, DataError
-from megatron_zj.data.formats.rankings import order_of_ranks
 from megatron_zj.data.formats.reading import Item
 from megatron_zj.data.formats.registry import FORMATS, choose_format, convert_any, convert_item, raw_items
 from megatron_zj.data.records import DialogueRecord, PreferenceRecord, PromptRecord, TextRecord
@@ -213,15 +212,14 @@ def test_lines_format_takes_a_document_a_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", list(itertools.permutations(range(1, 5))))
-def test_rank_list_becomes_an_order_by_argsort(ranks: tuple[int, ...]) -> None:
-    """The response with rank 1 comes first; indexing by rank - 1 instead is the inverse permutation."""
-    order = order_of_ranks(ranks)
-    assert [ranks[index] for index in order] == [1, 2, 3, 4]
-
-
-def test_indexing_by_rank_would_be_wrong_for_14_of_24_rankings() -> None:
-    wrong = [ranks for ranks in itertools.permutations(range(4)) if order_of_ranks(ranks) != list(ranks)]
-    assert len(wrong) == 14
+def test_every_ranking_of_an_annotator_stays_with_its_responses(ranks: tuple[int, ...]) -> None:
+    """``ranks[i]`` is the place of response i.  Ordering the responses by indexing with the ranks is another matter,
+    wrong for 14 of the 24 rankings."""
+    value = {"query": "问", "history": [], **{f"response_{i}": f"第{rank}名" for i, rank in enumerate(ranks)}}
+    record = convert_any(Item(1, {**value, "ranks": list(ranks)}), FORMATS["zhongjing_labels"])
+    assert isinstance(record, PreferenceRecord)
+    said = [response[0].content for response in record.responses]
+    assert [said[record.dense_ranks().index(place)] for place in range(4)] == ["第1名", "第2名", "第3名", "第4名"]
 
 
 def test_ranks_are_dense_and_ties_stay_ties() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_zj.data.chat import Message, RoleName
 from megatron_zj.data.errors import BadRecord
 from megatron_zj.data.formats.rankings import CLINIC_ROLES, STANDARD_ROLES, history_of
-from megatron_zj.data.formats.registry import Format
+from megatron_zj.data.formats.registry import Format, has_keys
 from megatron_zj.data.records import DialogueRecord, PromptRecord, exchange, messages_of, text_of
 
 _SHAREGPT_ROLES: dict[str, RoleName] = {
@@ -105,12 +105,8 @@ def _turn_lists(value: dict[str, Any]) -> DialogueRecord:
     return DialogueRecord(tuple(turns))
 
 
-def _has(*keys: str) -> Any:
-    return lambda value: isinstance(value, dict) and all(key in value for key in keys)
-
-
 def _is_cmdd(value: Any) -> bool:
-    if not _has("messages")(value) or not isinstance(value["messages"], list):
+    if not has_keys("messages")(value) or not isinstance(value["messages"], list):
         return False
     return any(isinstance(turn, dict) and turn.get("role") in ("doctor", "patient") for turn in value["messages"])
 
@@ -121,7 +117,7 @@ def _is_bentsao(value: Any) -> bool:
 
 
 def _is_turn_lists(value: Any) -> bool:
-    return _has("prompt", "output")(value) and isinstance(value["prompt"], list)
+    return has_keys("prompt", "output")(value) and isinstance(value["prompt"], list)
 
 
 def _is_alpaca(value: Any) -> bool:
@@ -139,20 +135,20 @@ FORMATS = (
     Format(
         name="cmdd_raw",
         shape='{"dialogue-content": [{"speaker": 医生 or 患者, "sentence": ...}, ...]}',
-        matches=_has("dialogue-content"),
+        matches=has_keys("dialogue-content"),
         convert=_cmdd_raw,
     ),
     Format(
         name="messages",
         shape=f'{{"messages": {_TURNS}}} with roles system, user and assistant',
-        matches=_has("messages"),
+        matches=has_keys("messages"),
         convert=_messages,
     ),
-    Format(name="disc", shape=f'{{"conversation": {_TURNS}}}', matches=_has("conversation"), convert=_disc),
+    Format(name="disc", shape=f'{{"conversation": {_TURNS}}}', matches=has_keys("conversation"), convert=_disc),
     Format(
         name="sharegpt",
         shape='{"conversations": [{"from": human or gpt, "value": ...}, ...]}',
-        matches=_has("conversations"),
+        matches=has_keys("conversations"),
         convert=_sharegpt,
     ),
     Format(
@@ -164,7 +160,7 @@ FORMATS = (
     Format(
         name="toyhom",
         shape="a table with columns department, title, ask, answer",
-        matches=_has("title", "ask", "answer"),
+        matches=has_keys("title", "ask", "answer"),
         convert=_toyhom,
     ),
     Format(

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_zj.data.chat import Message
 from megatron_zj.data.formats.rankings import prompt_messages
-from megatron_zj.data.formats.registry import Format
+from megatron_zj.data.formats.registry import Format, has_keys
 from megatron_zj.data.records import PromptRecord, text_of
 
 
@@ -14,16 +14,12 @@ def _question(value: dict[str, Any]) -> PromptRecord:
     return PromptRecord((Message("user", text_of(value["question"], "question")),))
 
 
-def _has(key: str) -> Any:
-    return lambda value: isinstance(value, dict) and key in value
-
-
 FORMATS = (
     Format(
         name="prompts",
         shape='{"prompt": a question, or a list of turns that ends with one}',
-        matches=_has("prompt"),
+        matches=has_keys("prompt"),
         convert=lambda value: PromptRecord(prompt_messages(value)),
     ),
-    Format(name="questions", shape='{"question": ...}', matches=_has("question"), convert=_question),
+    Format(name="questions", shape='{"question": ...}', matches=has_keys("question"), convert=_question),
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_zj.data.chat import Message, RoleName
 from megatron_zj.data.errors import BadRecord
-from megatron_zj.data.formats.registry import Format
+from megatron_zj.data.formats.registry import Format, has_keys
 from megatron_zj.data.records import PreferenceRecord, exchange, messages_of, text_of
 
 STANDARD_ROLES: dict[str, RoleName] = {"system": "system", "user": "user", "assistant": "assistant"}
@@ -21,14 +21,6 @@ CLINIC_ROLES: dict[str, RoleName] = {
     "患者": "user",
     "医生": "assistant",
 }
-
-
-def order_of_ranks(ranks: Sequence[float]) -> list[int]:
-    """Response indices, best first: argsort of the ranks (ties in their order).
-
-    ``[responses[rank - 1] for rank in ranks]`` is the inverse permutation, wrong for 14 of the 24 rankings of four.
-    """
-    return sorted(range(len(ranks)), key=lambda index: ranks[index])
 
 
 def _answers(values: Sequence[Any], field: str) -> tuple[tuple[Message, ...], ...]:
@@ -135,49 +127,45 @@ def _literal(text: str) -> Any:
         raise BadRecord(f"neither JSON nor a printed list: {error}", field="history") from error
 
 
-def _has(*keys: str) -> Any:
-    return lambda value: isinstance(value, dict) and all(key in value for key in keys)
-
-
 def _is_best_first(value: Any) -> bool:
-    return _has("instruction", "output")(value) and isinstance(value["output"], list) and len(value["output"]) > 1
+    return has_keys("instruction", "output")(value) and isinstance(value["output"], list) and len(value["output"]) > 1
 
 
 FORMATS = (
     Format(
         name="ranked",
         shape='{"prompt" or "messages": ..., "responses": [...], "ranks": [...]}, smaller is better',
-        matches=_has("responses"),
+        matches=has_keys("responses"),
         convert=_ranked,
     ),
     Format(
         name="medicalgpt_reward",
         shape='{"question": ..., "response_chosen": ..., "response_rejected": ...}',
-        matches=_has("question", "response_chosen", "response_rejected"),
+        matches=has_keys("question", "response_chosen", "response_rejected"),
         convert=_pair("question", "response_chosen", "response_rejected"),
     ),
     Format(
         name="pairs",
         shape='{"prompt": ..., "chosen": ..., "rejected": ...}',
-        matches=_has("prompt", "chosen", "rejected"),
+        matches=has_keys("prompt", "chosen", "rejected"),
         convert=_pair("prompt", "chosen", "rejected"),
     ),
     Format(
         name="disc_ranked",
         shape='{"prompt": ..., "candidates": [{"total": score, "conversation": [turns]}, ...]}',
-        matches=_has("prompt", "candidates"),
+        matches=has_keys("prompt", "candidates"),
         convert=_disc_ranked,
     ),
     Format(
         name="zhongjing_ranking",
         shape="a table with columns query, history, rank1 (best), rank2 ...",
-        matches=_has("query", "rank1"),
+        matches=has_keys("query", "rank1"),
         convert=_zhongjing_table,
     ),
     Format(
         name="zhongjing_labels",
         shape='{"query": ..., "history": [...], "response_0": ..., "response_1": ..., "ranks": [...]}',
-        matches=_has("query", "response_0", "ranks"),
+        matches=has_keys("query", "response_0", "ranks"),
         convert=_zhongjing_labels,
     ),
     Format(

@@ -32,6 +32,11 @@ class Format:
     items: Callable[[Lines], Iterator[Item]] | None = None  # None: a structured file
 
 
+def has_keys(*keys: str) -> Callable[[Any], bool]:
+    """For ``matches``: an object with all these keys."""
+    return lambda value: isinstance(value, dict) and all(key in value for key in keys)
+
+
 FORMATS: dict[str, Format] = {}  # by name, in the order in which ``auto`` tries them
 
 

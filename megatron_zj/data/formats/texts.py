@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_zj.data.errors import BadRecord
 from megatron_zj.data.formats.reading import Item
-from megatron_zj.data.formats.registry import Format, Lines
+from megatron_zj.data.formats.registry import Format, Lines, has_keys
 from megatron_zj.data.records import TextRecord, text_of
 
 _BOOK_TITLE = "<篇名>"
@@ -62,21 +62,17 @@ def _book_text(value: str) -> TextRecord:
     return TextRecord(f"{title}\n{body.strip()}")
 
 
-def _has(*keys: str) -> Any:
-    return lambda value: isinstance(value, dict) and all(key in value for key in keys)
-
-
 FORMATS = (
     Format(
         name="tcm_classics",
         shape='{"title": book, "section": heading, "text": ...}',
-        matches=_has("title", "section", "text"),
+        matches=has_keys("title", "section", "text"),
         convert=_classics,
     ),
     Format(
         name="text_records",
         shape='{"text": ...}',
-        matches=_has("text"),
+        matches=has_keys("text"),
         convert=lambda value: TextRecord(text_of(value["text"], "text")),
     ),
     Format(
