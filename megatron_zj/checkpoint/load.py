@@ -80,7 +80,9 @@ def load(
     with everywhere(f"loading the algorithm's state from {folder}"):
         if not weights_only:
             state = tree.load_tree(folder, ALGORITHM)
-    log.info("loaded %s of %s (step %d)", "weights" if weights_only else "everything", folder, manifest.step)
+    what = "weights" if weights_only else "everything"
+    names = ", ".join(role if role == source else f"{role} (from {source})" for role, source in sources.items())
+    log.info("loaded %s of %s from %s (step %d)", what, names or "the algorithm", folder, manifest.step)
     return state
 
 

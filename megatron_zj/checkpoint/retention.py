@@ -11,7 +11,7 @@ from megatron_zj.checkpoint.files import fsync_folder
 from megatron_zj.checkpoint.manifest import MANIFEST
 
 _STEP = re.compile(r"step_(\d{8,})(\.new)?")
-_FOLDER = "checkpoints"  # of a run folder
+CHECKPOINTS = "checkpoints"  # of a run folder
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -41,7 +41,7 @@ def newest(path: Path) -> Path | None:
     """The newest complete checkpoint: ``path`` itself, or under a checkpoints folder, or under a run folder."""
     if is_complete(path):
         return path
-    for root in (path, path / _FOLDER):
+    for root in (path, path / CHECKPOINTS):
         if steps := complete_steps(root):
             return list(steps.values())[-1]
     return None

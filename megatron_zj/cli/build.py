@@ -15,6 +15,7 @@ from megatron_zj.algorithms.registry import BUILDERS, Algorithm, Parts
 from megatron_zj.algorithms.shaping import ScoreScale
 from megatron_zj.checkpoint.load import load, newest
 from megatron_zj.checkpoint.manifest import ManifestInfo, read_manifest
+from megatron_zj.checkpoint.retention import CHECKPOINTS
 from megatron_zj.checkpoint.save import Checkpointer
 from megatron_zj.config import derived
 from megatron_zj.config.algorithm import SamplingConfig
@@ -33,12 +34,13 @@ from megatron_zj.rollout.generate import Rollout
 from megatron_zj.runtime.distributed import Process
 from megatron_zj.runtime.log import progress_bar
 from megatron_zj.runtime.metrics import MetricsLog
+from megatron_zj.runtime.profiler import StepProfiler
 from megatron_zj.runtime.timers import Timers
 from megatron_zj.train.callbacks import Evaluates, Measure, Report, Save, Validate
 from megatron_zj.train.loop import Callback
 
 logger = logging.getLogger(__name__)
-CHECKPOINTS = "checkpoints"  # folder below run.dir
+PROFILE = "profile"  # folder below run.dir
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 FLOP/s by name, NVIDIA's data sheets
 
 
@@ -50,6 +52,7 @@ class Run:
     callbacks: list[Callback]
     timers: Timers
     describe: Callable[[int], str]  # the file and record of a draw
+    profiler: StepProfiler
 
 
 def build_run(config: RunConfig, process: Process) -> Run:
@@ -74,7 +77,8 @@ def build_run(config: RunConfig, process: Process) -> Run:
             algorithm.load_state_dict(load(resumed, engines, tokenizer=tokenizer.fingerprint()))
     checkpointer = Checkpointer(root, config.checkpoint, ManifestInfo(to_dict(config), tokenizer))
     callbacks = build_callbacks(config, process, algorithm, checkpointer, engines, timers)
-    return Run(algorithm, callbacks, timers, parts.stream.describe)
+    profiler = StepProfiler(config.run.dir / PROFILE, config.run.profile_steps, process.rank)
+    return Run(algorithm, callbacks, timers, parts.stream.describe, profiler)
 
 
 def checked_tokenizer(config: RunConfig) -> Tokenizer:

@@ -9,6 +9,7 @@ from typing import TextIO
 from megatron_zj.cli.inference import LoadedModel, compose_inference, help_text, wants_help
 from megatron_zj.cli.main import guarded
 from megatron_zj.config.algorithm import SamplingConfig
+from megatron_zj.config.inference import InferenceConfig
 from megatron_zj.config.loader import ConfigError
 from megatron_zj.data.chat import Message, render_prompt
 from megatron_zj.runtime.distributed import session, world_size_of_environment
@@ -19,9 +20,9 @@ NOTICE = "A language model answers here. Its answers are not medical advice.\n/n
 def main(argv: Sequence[str]) -> int:
     """A conversation on standard input and output."""
     if wants_help(argv):
-        sys.stdout.write(help_text(__doc__))
+        sys.stdout.write(help_text(__doc__, InferenceConfig))
         return 0
-    config = compose_inference(argv)
+    config = compose_inference(argv, InferenceConfig)
     if world_size_of_environment() > 1:
         raise ConfigError(["zj chat runs in one process; start it without torchrun"])
     with session(config.run.device, config.run.timeout_seconds) as process:

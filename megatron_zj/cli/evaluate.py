@@ -1,6 +1,7 @@
 """``zj evaluate checkpoint.load=DIR suites=[exam] data.files=[FILE,...] run.dir=DIR``: exams, answers, rankings scored.
 
 One suite reads all files; otherwise there is one suite a file.  Each writes ``run.dir/evaluation/<suite>.json``.
+``against=OTHER_RUN_DIR`` adds how often this model wins, ties and loses, item by item (clinic, dialogue).
 """
 
 from __future__ import annotations
@@ -16,14 +17,24 @@ from typing import Any
 
 from megatron_zj.cli.inference import LoadedModel, compose_inference, help_text, wants_help
 from megatron_zj.cli.main import guarded
-from megatron_zj.config.inference import InferenceConfig, Suite
+from megatron_zj.config.inference import EvaluationConfig, Suite
 from megatron_zj.config.loader import ConfigError
 from megatron_zj.data.raw import read_raw
 from megatron_zj.data.records import DialogueRecord, PreferenceRecord
+from megatron_zj.evaluation.attitudes import (
+    CAMI_ITEMS,
+    CAMI_OPTIONS,
+    MICA_ITEMS,
+    MICA_OPTIONS,
+    answer_scale,
+    read_items,
+    score_cami,
+    score_mica,
+)
 from megatron_zj.evaluation.clinic.conditions import load_clinic
 from megatron_zj.evaluation.clinic.evaluate import take_cases
 from megatron_zj.evaluation.clinic.files import read_cases
-from megatron_zj.evaluation.dialogue import take_dialogues
+from megatron_zj.evaluation.dialogue import contest, take_dialogues
 from megatron_zj.evaluation.exam import read_exam, take_exam
 from megatron_zj.evaluation.model import Codec, Ids
 from megatron_zj.evaluation.ner import read_conll, take_ner
@@ -40,9 +51,9 @@ Json = dict[str, Any]
 def main(argv: Sequence[str]) -> int:
     """Load the checkpoint once, run every suite."""
     if wants_help(argv):
-        sys.stdout.write(help_text(__doc__))
+        sys.stdout.write(help_text(__doc__, EvaluationConfig))
         return 0
-    config = compose_inference(argv)
+    config = compose_inference(argv, EvaluationConfig)
     plan = plan_suites(config)
     with session(config.run.device, config.run.timeout_seconds) as process:
         setup(process, config.run.dir)
@@ -50,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def plan_suites(config: InferenceConfig) -> dict[Suite, list[Path]]:
+def plan_suites(config: EvaluationConfig) -> dict[Suite, list[Path]]:
     """Which files each suite reads.  Raises ConfigError where that is not clear, or a file is missing."""
     files = [Path(name) for name in config.data.files]
     problems = [f"data.files: {path} does not exist" for path in files if not path.is_file()]
@@ -60,6 +71,7 @@ def plan_suites(config: InferenceConfig) -> dict[Suite, list[Path]]:
         problems.append("suites: none given; such as suites=[exam]")
     elif len(config.suites) not in (1, len(files)):
         problems.append(f"suites: {len(config.suites)} for {len(files)} files; give one for all, or one for each")
+    problems += _contest_problems(config)
     if problems:
         raise ConfigError(problems)
     suites = config.suites * len(files) if len(config.suites) == 1 else config.suites
@@ -69,13 +81,15 @@ def plan_suites(config: InferenceConfig) -> dict[Suite, list[Path]]:
     return plan
 
 
-def evaluate(config: InferenceConfig, plan: dict[Suite, list[Path]], process: Process) -> dict[Suite, Json]:
+def evaluate(config: EvaluationConfig, plan: dict[Suite, list[Path]], process: Process) -> dict[Suite, Json]:
     """Run the suites on one loaded model.  Collective over the world; rank 0 writes.  Returns every suite's result."""
-    model = LoadedModel(config, process)
+    model = LoadedModel(config, process, untrained=config.untrained)
     results: dict[Suite, Json] = {}
     for suite, files in plan.items():
         with process.activity.doing(f"evaluate {suite}"):
             results[suite] = SUITES[suite](model, config, files)
+            if config.against is not None:
+                results[suite] |= _contest(config.against, suite, results[suite], config.margin)
         if process.rank == 0:
             path = config.run.dir / FOLDER / f"{suite}.json"
             _write(path, {"checkpoint": str(model.folder), "step": model.step, **results[suite]})
@@ -83,36 +97,61 @@ def evaluate(config: InferenceConfig, plan: dict[Suite, list[Path]], process: Pr
     return results
 
 
-def _exam(model: LoadedModel, config: InferenceConfig, files: Sequence[Path]) -> Json:
+def _contest_problems(config: EvaluationConfig) -> list[str]:
+    if config.against is None:
+        return []
+    blunt = [suite for suite in config.suites if suite not in ITEM_SCORES]
+    problems = [f"against: the suite {suite} has no scores by item; {', '.join(ITEM_SCORES)} have" for suite in blunt]
+    paths = [config.against / FOLDER / f"{suite}.json" for suite in config.suites if suite in ITEM_SCORES]
+    gone = [path for path in paths if not path.is_file()]
+    return [*problems, *(f"against: {path} does not exist; evaluate that model first" for path in gone)]
+
+
+def _contest(against: Path, suite: Suite, result: Json, margin: float) -> Json:
+    """Shares of items won, tied and lost to the model whose results are in ``against``."""
+    path = against / FOLDER / f"{suite}.json"
+    ours, theirs = ITEM_SCORES[suite](result), ITEM_SCORES[suite](json.loads(path.read_text(encoding="utf-8")))
+    if len(ours) != len(theirs):
+        raise ConfigError(
+            [
+                f"against: {path} has {len(theirs)} items and this evaluation {len(ours)}; evaluate both on the same "
+                "data.files with the same limit"
+            ]
+        )
+    shares = contest(ours, theirs, margin)
+    return {"win": shares.win, "tie": shares.tie, "loss": shares.loss, "against": str(path)}
+
+
+def _exam(model: LoadedModel, config: EvaluationConfig, files: Sequence[Path]) -> Json:
     items = _first(config, [item for path in files for item in read_exam(path)])
     return dataclasses.asdict(take_exam(items, _codec(model), model.option_logprobs))
 
 
-def _clinic(model: LoadedModel, config: InferenceConfig, files: Sequence[Path]) -> Json:
+def _clinic(model: LoadedModel, config: EvaluationConfig, files: Sequence[Path]) -> Json:
     clinic = load_clinic()
     cases = _first(config, [case for path in files for case in read_cases(path, clinic)])
     return dataclasses.asdict(take_cases(clinic, cases, _codec(model), _generate(model, config)))
 
 
-def _safety(model: LoadedModel, config: InferenceConfig, files: Sequence[Path]) -> Json:
+def _safety(model: LoadedModel, config: EvaluationConfig, files: Sequence[Path]) -> Json:
     probes = _first(config, [probe for path in files for probe in read_probes(path)])
     result, texts = take_safety(probes, _codec(model), _generate(model, config))
     return {**dataclasses.asdict(result), "answers": texts}
 
 
-def _dialogue(model: LoadedModel, config: InferenceConfig, files: Sequence[Path]) -> Json:
+def _dialogue(model: LoadedModel, config: EvaluationConfig, files: Sequence[Path]) -> Json:
     records = read_raw([str(path) for path in files], "chat", config.data.format, config.data.on_bad_record)
     turns = [record.messages for record in records if isinstance(record, DialogueRecord)]
     result, texts = take_dialogues(_first(config, turns), _codec(model), _generate(model, config))
     return {**dataclasses.asdict(result), "answers": texts}
 
 
-def _ner(model: LoadedModel, config: InferenceConfig, files: Sequence[Path]) -> Json:
+def _ner(model: LoadedModel, config: EvaluationConfig, files: Sequence[Path]) -> Json:
     sentences = _first(config, [sentence for path in files for sentence in read_conll(path)])
     return dataclasses.asdict(take_ner(sentences, _codec(model), _generate(model, config)))
 
 
-def _preference(model: LoadedModel, config: InferenceConfig, files: Sequence[Path]) -> Json:
+def _preference(model: LoadedModel, config: EvaluationConfig, files: Sequence[Path]) -> Json:
     records = read_raw([str(path) for path in files], "preference", config.data.format, config.data.on_bad_record)
     ranked = _first(config, [record for record in records if isinstance(record, PreferenceRecord)])
     codec = _codec(model)
@@ -121,13 +160,40 @@ def _preference(model: LoadedModel, config: InferenceConfig, files: Sequence[Pat
     return dataclasses.asdict(rate(groups))
 
 
-SUITES: dict[Suite, Callable[[LoadedModel, InferenceConfig, Sequence[Path]], Json]] = {
+def _cami(model: LoadedModel, config: EvaluationConfig, files: Sequence[Path]) -> Json:
+    letters = _letters(model, files, CAMI_ITEMS, CAMI_OPTIONS)
+    result = score_cami(letters)
+    return {**result.subscales, "num_unanswered": result.num_unanswered, "constant": result.constant, **_said(letters)}
+
+
+def _mica(model: LoadedModel, config: EvaluationConfig, files: Sequence[Path]) -> Json:
+    letters = _letters(model, files, MICA_ITEMS, MICA_OPTIONS)
+    return {**dataclasses.asdict(score_mica(letters)), **_said(letters)}
+
+
+def _letters(model: LoadedModel, files: Sequence[Path], num_items: int, options: Sequence[str]) -> list[str]:
+    """The answers to a scale, which one file holds; it has no part to ask alone, so ``limit`` does not apply."""
+    items = [item for path in files for item in read_items(path, num_items)]
+    return answer_scale(items, options, _codec(model), model.option_logprobs)
+
+
+def _said(letters: Sequence[str]) -> Json:
+    return {"letters": "".join(letters)}
+
+
+SUITES: dict[Suite, Callable[[LoadedModel, EvaluationConfig, Sequence[Path]], Json]] = {
     "exam": _exam,
     "clinic": _clinic,
     "preference": _preference,
     "safety": _safety,
     "dialogue": _dialogue,
     "ner": _ner,
+    "cami": _cami,
+    "mica": _mica,
+}
+ITEM_SCORES: dict[Suite, Callable[[Json], list[float]]] = {
+    "clinic": lambda result: [answer["score"] for answer in result["answers"]],
+    "dialogue": lambda result: result["scores"],
 }
 
 
@@ -135,11 +201,11 @@ def _codec(model: LoadedModel) -> Codec:
     return Codec(model.tokenizer, model.template)
 
 
-def _generate(model: LoadedModel, config: InferenceConfig) -> Callable[[Sequence[Ids]], Sequence[tuple[str, bool]]]:
+def _generate(model: LoadedModel, config: EvaluationConfig) -> Callable[[Sequence[Ids]], Sequence[tuple[str, bool]]]:
     return lambda prompts: model.answers(prompts, config.sampling)
 
 
-def _first(config: InferenceConfig, items: list[Any]) -> list[Any]:
+def _first(config: EvaluationConfig, items: list[Any]) -> list[Any]:
     return items[: config.limit] if config.limit else items
 
 

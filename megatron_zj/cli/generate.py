@@ -25,9 +25,9 @@ ANSWERS = "answers.jsonl"  # in run.dir
 def main(argv: Sequence[str]) -> int:
     """Read prompts, sample, write ``run.dir/answers.jsonl`` with {"prompt", "answer", "finished"} a line."""
     if wants_help(argv):
-        sys.stdout.write(help_text(__doc__))
+        sys.stdout.write(help_text(__doc__, InferenceConfig))
         return 0
-    config = compose_inference(argv)
+    config = compose_inference(argv, InferenceConfig)
     if not config.data.files:
         raise ConfigError(["data.files: no prompts; give data.files=[FILE,...]"])
     with session(config.run.device, config.run.timeout_seconds) as process:

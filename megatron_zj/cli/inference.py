@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,6 +21,7 @@ from megatron_zj.config.loader import load as load_config
 from megatron_zj.config.model import HeadKind
 from megatron_zj.data.batch import Batch, Rows
 from megatron_zj.data.chat import ChatTemplate, chat_template
+from megatron_zj.data.stream import share
 from megatron_zj.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_zj.engine.build import build_engine
 from megatron_zj.roles.exchange import Exchange
@@ -34,9 +35,12 @@ CHUNK_ROWS = 256  # rows a role call, so that progress can be shown
 _SHOWN = 30  # characters of a prompt in a message
 
 
-def compose_inference(overrides: Sequence[str]) -> InferenceConfig:
-    """``key=value`` overrides, checked against InferenceConfig."""
-    return load_config(InferenceConfig, settings(overrides, {}))
+Config = TypeVar("Config", bound=InferenceConfig)
+
+
+def compose_inference(overrides: Sequence[str], schema: type[Config]) -> Config:
+    """``key=value`` overrides, checked against the command's configuration."""
+    return load_config(schema, settings(overrides, {}))
 
 
 def wants_help(argv: Sequence[str]) -> bool:
@@ -44,9 +48,9 @@ def wants_help(argv: Sequence[str]) -> bool:
     return any(word in ("-h", "--help") for word in argv)
 
 
-def help_text(usage: str | None) -> str:
-    """The command's first words and every key of InferenceConfig with its default."""
-    defaults = to_dict(InferenceConfig(checkpoint=SourceConfig(load=Path("DIR"))))
+def help_text(usage: str | None, schema: type[InferenceConfig]) -> str:
+    """The command's first words and every key of its configuration with its default."""
+    defaults = to_dict(schema(checkpoint=SourceConfig(load=Path("DIR"))))
     lines = [f"  {key}={value}" for key, value in _leaves(defaults)]
     return "\n".join([(usage or "").strip(), "", "keys and defaults:", *lines, ""])
 
@@ -61,7 +65,8 @@ def _leaves(tree: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
 class LoadedModel:
     """One role of a checkpoint on all ranks."""
 
-    def __init__(self, config: InferenceConfig, process: Process) -> None:
+    def __init__(self, config: InferenceConfig, process: Process, *, untrained: bool = False) -> None:
+        """``untrained``: fresh weights drawn from ``run.seed`` instead of the checkpoint's."""
         folder = newest(config.checkpoint.load)
         if folder is None:
             raise ConfigError([f"checkpoint.load: no complete checkpoint in {config.checkpoint.load}"])
@@ -77,7 +82,7 @@ class LoadedModel:
         engine = build_engine(
             info.model, info.head, placement.groups, config.engine, None, 1, process.device, config.run.seed
         )
-        if not config.untrained:
+        if not untrained:
             load(folder, {name: engine}, weights_only=True)
         self.role = Role(name, placement, engine, Exchange())
 
@@ -163,9 +168,8 @@ class LoadedModel:
 
     def _share(self, items: Sequence[Any]) -> tuple[Sequence[Any], int]:
         """This rank's contiguous part, and where it starts."""
-        size, rest = divmod(len(items), self.world.size)
-        start = self.world.rank * size + min(self.world.rank, rest)
-        return items[start : start + size + (self.world.rank < rest)], start
+        first, last = share(len(items), self.world.rank, self.world.size)
+        return items[first:last], first
 
     def _batch(self, rows: Sequence[Sequence[int]], sample_ids: torch.Tensor) -> WorldBatch:
         tokens = Rows.of([torch.tensor(row, dtype=torch.int64) for row in rows], torch.int64)

@@ -38,7 +38,7 @@ def train(config: RunConfig, process: Process) -> None:
     if process.rank == 0:
         save_frozen(config, config.run.dir / "config.yaml")
     built = build_run(config, process)
-    run(built.algorithm, config.run.num_steps, built.callbacks, built.timers, built.describe)
+    run(built.algorithm, config.run.num_steps, built.callbacks, built.timers, built.describe, built.profiler)
 
 
 if __name__ == "__main__":

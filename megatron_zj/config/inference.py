@@ -10,9 +10,9 @@ from megatron_zj.config.algorithm import SamplingConfig
 from megatron_zj.config.data import OnBadRecord
 from megatron_zj.config.optim import EngineConfig
 from megatron_zj.config.parallel import ParallelConfig
-from megatron_zj.config.run import RunSettings
+from megatron_zj.config.run import ProcessSettings
 
-Suite = Literal["exam", "clinic", "preference", "safety", "dialogue", "ner"]
+Suite = Literal["exam", "clinic", "preference", "safety", "dialogue", "ner", "cami", "mica"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +38,19 @@ class InferenceConfig:
     """One use of a checkpoint."""
 
     checkpoint: SourceConfig  # the weights to use
-    run: RunSettings = field(default_factory=RunSettings)  # where answers and results go, seed, device
+    run: ProcessSettings = field(default_factory=ProcessSettings)  # where answers and results go, seed, device
     parallel: ParallelConfig = field(default_factory=ParallelConfig)  # any layout reads any checkpoint
     engine: EngineConfig = field(default_factory=EngineConfig)  # precision and micro-batches
     sampling: SamplingConfig = field(default_factory=SamplingConfig)  # how answers are drawn
     data: QuestionsConfig = field(default_factory=QuestionsConfig)  # what is asked
-    suites: tuple[Suite, ...] = ()  # ``zj evaluate`` only: one for all data.files, or one for each of them
     limit: int = 0  # first records only; 0: all
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(InferenceConfig):
+    """What ``zj evaluate`` has besides."""
+
+    suites: tuple[Suite, ...] = ()  # one for all data.files, or one for each of them
+    against: Path | None = None  # run.dir of another model's evaluation: win, tie and loss item by item
+    margin: float = 0.0  # a difference of scores up to this is a tie
     untrained: bool = False  # ignore the weights and draw fresh ones from run.seed: the baseline

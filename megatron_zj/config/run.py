@@ -15,15 +15,22 @@ from megatron_zj.config.parallel import ParallelConfig, PlacementConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings:
-    """The process: where it writes, how long it runs, what it shows."""
+class ProcessSettings:
+    """What every command on a model has: where it writes, its seed, its device."""
 
-    dir: Path = Path("runs/default")  # logs, metrics, resolved config, checkpoints
+    dir: Path = Path("runs/default")  # logs, metrics, resolved config, checkpoints, results
     seed: int = 0  # root of every random stream (runtime/seed.py)
-    num_steps: int = 100  # algorithm steps (optimizer steps, or PPO iterations)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout_seconds: int = 600  # of every process group: how long a rank waits for a dead one
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(ProcessSettings):
+    """A training run: how long it is, and what it shows."""
+
+    num_steps: int = 100  # algorithm steps (optimizer steps, or PPO iterations)
     log_every: int = 1  # steps between lines
+    profile_steps: tuple[int, ...] = ()  # torch.profiler on these: <dir>/profile/step_<8 digits>_rank_<5>.json.gz
     eval_every: int = 0  # steps between validation passes; 0: only at the end, where there is validation data
     tensorboard: bool = False  # also write metrics for TensorBoard into dir
     wandb_project: str | None = None  # Weights & Biases, when installed

@@ -10,7 +10,7 @@ constant letter gives 120 of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,11 +92,6 @@ def answer_scale(
     scores = checked(score_options(pairs), len(pairs), "score_options")
     rows = [scores[start : start + len(letters)] for start in range(0, len(scores), len(letters))]
     return [letters[row.index(max(row))] for row in rows]
-
-
-def profile(results: Mapping[str, int | None]) -> str:
-    """The four CAMI subscales as AU/BE/SR/CMHI."""
-    return "/".join(str(results[subscale]) for subscale in CAMI_SUBSCALES)
 
 
 def _values(letters: Sequence[str], num_items: int, num_options: int) -> list[int | None]:

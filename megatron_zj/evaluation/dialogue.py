@@ -27,6 +27,7 @@ class DialogueResult:
     mean_length: float  # characters
     share_finished: float
     num_items: int
+    scores: list[float]  # character F1 of each answer, for a contest
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def compare(texts: Sequence[str], golds: Sequence[str], finished: Sequence[bool]
         raise ValueError("no answers to compare")
     pairs = list(zip(texts, golds, strict=True))
     references = [[gold] for gold in golds]
+    scores = [character_f1(text, gold) for text, gold in pairs]
 
     def mean(values: list[float]) -> float:
         return sum(values) / len(values)
@@ -69,10 +71,11 @@ def compare(texts: Sequence[str], golds: Sequence[str], finished: Sequence[bool]
         rouge_1=mean([rouge_n(text, gold, 1) for text, gold in pairs]),
         rouge_2=mean([rouge_n(text, gold, 2) for text, gold in pairs]),
         rouge_l=mean([rouge_l(text, gold) for text, gold in pairs]),
-        character_f1=bootstrap([character_f1(text, gold) for text, gold in pairs]),
+        character_f1=bootstrap(scores),
         mean_length=mean([float(len(text)) for text in texts]),
         share_finished=mean([float(value) for value in finished]),
         num_items=len(texts),
+        scores=scores,
     )
 
 

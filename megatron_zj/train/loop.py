@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from megatron_zj.engine.objective import Metrics
 from megatron_zj.engine.totals import NonFiniteError
+from megatron_zj.runtime.profiler import StepProfiler
 from megatron_zj.runtime.timers import Timers
 
 _MAX_RECORDS = 12  # that a message names
@@ -44,16 +46,19 @@ def run(
     callbacks: Sequence[Callback],
     timers: Timers,
     describe: Callable[[int], str] | None = None,
+    profiler: StepProfiler | None = None,
 ) -> None:
     """Step until ``num_steps`` are done, the ones before a resume included.
 
     ``describe``: the file and record of a draw, for the NonFiniteError that a NaN or Inf loss ends the run with.
+    ``profiler``: records the steps it was made for.
     """
     completed = False
     try:
         while algorithm.num_steps_done < num_steps:
             start = time.perf_counter()
-            with timers(f"step {algorithm.num_steps_done + 1}"):
+            step = algorithm.num_steps_done + 1
+            with timers(f"step {step}"), profiler.step(step) if profiler else contextlib.nullcontext():
                 metrics = _step(algorithm, describe)
             phases = {name: value for name, value in timers.pop().items() if not name.startswith("time/step ")}
             metrics = metrics | phases | {"time/step": time.perf_counter() - start}

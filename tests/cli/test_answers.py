@@ -15,7 +15,10 @@ from transformers import LlamaForCausalLM
 
 from megatron_zj.cli import chat, evaluate, generate
 from megatron_zj.cli.inference import LoadedModel, compose_inference
+from megatron_zj.cli.main import main
+from megatron_zj.config.inference import InferenceConfig
 from megatron_zj.data.chat import Message, render_prompt
+from megatron_zj.evaluation.attitudes import CAMI_SUBSCALES
 from megatron_zj.runtime.distributed import Process
 from tests.cli.commands import zj
 from tests.cli.conftest import train_argv
@@ -82,6 +85,8 @@ def test_evaluate_runs_every_suite_and_writes_its_result(world: Path) -> None:
         "safety": world / "data/safety.jsonl",
         "dialogue": world / "data/sft_validation.jsonl",
         "ner": ner,
+        "cami": _scale(world, "cami", 40),
+        "mica": _scale(world, "mica", 16),
     }
     lists = {"suites": f"[{','.join(files)}]", "data__files": f"[{','.join(map(str, files.values()))}]"}
     outcome = zj(["evaluate", *_asks(world, "suites", **lists)])
@@ -91,12 +96,54 @@ def test_evaluate_runs_every_suite_and_writes_its_result(world: Path) -> None:
     assert all(result["step"] == 1 and result["checkpoint"].startswith(str(world / "sft")) for result in found.values())
     assert 0 <= found["exam"]["micro"] <= 1
     assert found["exam"]["num_items"] == found["clinic"]["num_cases"] == found["safety"]["num_probes"] == 4
+    assert len(found["cami"]["letters"]) == 40
+    assert all(10 <= found["cami"][subscale] <= 50 for subscale in CAMI_SUBSCALES)
+    assert 16 <= found["mica"]["total"] <= 96
     ranked = {"checkpoint__load": world / "reward", "data__files": f"[{world / 'data/preference_validation.jsonl'}]"}
     two = zj(["evaluate", *_asks(world, "ranked", suites="[preference]", **ranked)], ranks=2)
     assert two.codes == (0, 0), two.output
     result = json.loads((world / "ranked/evaluation/preference.json").read_text(encoding="utf-8"))
     assert 0 <= result["pair_accuracy"] <= 1
     assert result["num_pairs"] > 0
+
+
+def _scale(world: Path, name: str, num_items: int) -> Path:
+    path = world / f"{name}.txt"
+    path.write_text("".join(f"这是第{number}句话。\n" for number in range(num_items)), encoding="utf-8")
+    return path
+
+
+def test_two_models_are_compared_item_by_item(world: Path) -> None:
+    files = {"clinic": world / "data/cases.jsonl", "dialogue": world / "data/sft_validation.jsonl"}
+    lists = {"suites": f"[{','.join(files)}]", "data__files": f"[{','.join(map(str, files.values()))}]"}
+    assert zj(["evaluate", *_asks(world, "theirs", untrained="true", **lists)]).code == 0
+    for run, expected in (("same", (0.0, 1.0, 0.0)), ("better", (1.0, 0.0, 0.0))):
+        against = world / "theirs"
+        if run == "better":  # than a model that scores below every possible answer
+            against = _lowered(against, world / "lowered", list(files))
+        argv = _asks(world, run, untrained="true", against=against, **lists)
+        outcome = zj(["evaluate", *argv])
+        assert outcome.code == 0, outcome.output
+        for suite in files:
+            result = json.loads((world / run / f"evaluation/{suite}.json").read_text(encoding="utf-8"))
+            assert (result["win"], result["tie"], result["loss"]) == expected
+    outcome = zj(["evaluate", *_asks(world, "fewer", **{**lists, "against": world / "theirs", "limit": 3})])
+    assert "has 4 items and this evaluation 3" in outcome.error
+    outcome = zj(
+        ["evaluate", *_asks(world, "blunt", **{**lists, "suites": "[exam,clinic]", "against": world / "gone"})]
+    )
+    assert "against: the suite exam has no scores by item; clinic, dialogue have" in outcome.error
+    assert f"against: {world / 'gone/evaluation/clinic.json'} does not exist" in outcome.error
+
+
+def _lowered(source: Path, target: Path, suites: list[str]) -> Path:
+    (target / "evaluation").mkdir(parents=True)
+    for suite in suites:
+        result = json.loads((source / f"evaluation/{suite}.json").read_text(encoding="utf-8"))
+        result["scores"] = [-1.0] * 4
+        result["answers"] = [{"score": -1.0}] * 4
+        (target / f"evaluation/{suite}.json").write_text(json.dumps(result), encoding="utf-8")
+    return target
 
 
 def test_evaluate_says_which_model_a_suite_needs_and_what_is_wrong_with_a_file(world: Path) -> None:
@@ -109,7 +156,7 @@ def test_evaluate_says_which_model_a_suite_needs_and_what_is_wrong_with_a_file(w
 
 def _continuations(overrides: list[str]) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts and greedy answers, as ids."""
-    config = compose_inference(overrides)
+    config = compose_inference(overrides, InferenceConfig)
     rank, size = dist.get_rank(), dist.get_world_size()
     model = LoadedModel(config, Process(rank, rank, size, torch.device("cpu")))
     prompts = [render_prompt([Message("user", text)], model.template, model.tokenizer) for text in QUESTIONS]
@@ -153,6 +200,12 @@ def test_a_sweep_of_real_runs_with_one_that_fails_gives_three_results(world: Pat
     assert len(list((world / "sweep").glob("*/checkpoints/step_00000001/manifest.json"))) == 3
     assert "FAILED 000_data.max_length=64,data.overlong=error" in outcome.output
     assert f"error: {path}, record at line " in outcome.output
+
+
+def test_a_key_of_training_is_refused_where_nothing_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, key in (("generate", "run.num_steps=5"), ("chat", "run.tensorboard=true"), ("chat", "suites=[exam]")):
+        assert main([command, "checkpoint.load=x", "data.files=[x]", key]) == 1
+        assert f"{key.partition('=')[0]}: unknown key" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [evaluate, generate, chat])

@@ -57,6 +57,19 @@ def test_what_cannot_start_says_so_before_any_model_is_built(world: Path) -> Non
     assert "algorithm.reward.load: not set; name the reward model's checkpoint" in outcome.error
 
 
+def test_the_log_names_every_role_and_the_weights_it_got(world: Path) -> None:
+    argv = train_argv("ppo", world, "roles", run__num_steps=2, run__profile_steps="[2]")
+    outcome = zj(argv)
+    assert outcome.code == 0, outcome.output
+    step = "checkpoints/step_00000001"
+    for line in (
+        f"loaded weights of actor (from model) from {world}/sft/{step} (step 1)",
+        f"loaded weights of reward (from model) from {world}/reward/{step} (step 1)",
+    ):
+        assert line in outcome.output
+    assert [path.name for path in (world / "roles/profile").iterdir()] == ["step_00000002_rank_00000.json.gz"]
+
+
 def test_a_finished_run_started_again_does_nothing_and_ends_well(world: Path) -> None:
     outcome = zj(train_argv("sft", world, "sft", run__num_steps=1))
     assert outcome.code == 0

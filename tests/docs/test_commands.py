@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_zj.config.inference import InferenceConfig
+from megatron_zj.config.inference import EvaluationConfig, InferenceConfig
 from megatron_zj.config.run import RunConfig
 from megatron_zj.data.formats.registry import FORMATS
 from tests.docs.commands import ROOT, inline_commands, refuse, shell_lines
@@ -135,7 +135,7 @@ def test_keys_that_pages_name_exist() -> None:
     unknown = {
         key: page
         for key, page in found.items()
-        if not key_exists(key, RunConfig) and not key_exists(key, InferenceConfig)
+        if not key_exists(key, RunConfig) and not key_exists(key, EvaluationConfig)
     }
     assert unknown == {}
 

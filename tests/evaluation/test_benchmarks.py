@@ -11,7 +11,6 @@ from megatron_zj.data.chat import Message
 from megatron_zj.evaluation.attitudes import (
     CAMI_OPTIONS,
     answer_scale,
-    profile,
     read_items,
     score_cami,
     score_mica,
@@ -71,9 +70,9 @@ def test_mica_gives_the_totals_of_known_answer_sheets() -> None:
 def test_cami_subscales_go_from_ten_to_fifty_and_constant_answers_say_nothing() -> None:
     # k-th item: subscale (k - 1) mod 4, worded for it iff (k - 1) mod 8 < 4
     agreeing = ["E" if index % 8 < 4 else "A" for index in range(40)]
-    assert profile(score_cami(agreeing).subscales) == "50/50/50/50"
+    assert list(score_cami(agreeing).subscales.values()) == [50, 50, 50, 50]
     benign = ["E" if (index % 8 < 4) == (index % 4 in (1, 3)) else "A" for index in range(40)]
-    assert profile(score_cami(benign).subscales) == "10/50/10/50"
+    assert list(score_cami(benign).subscales.values()) == [10, 50, 10, 50]
     for letter in "ABCDE":
         result = score_cami([letter] * 40)
         assert sum(value or 0 for value in result.subscales.values()) == 120
@@ -148,6 +147,7 @@ def test_the_last_answer_of_a_dialogue_is_compared_and_the_earlier_ones_are_cont
     assert "多久了？" in seen[0]
     assert "多休息" not in seen[0]
     assert result.bleu_4 == result.rouge_l == result.character_f1.mean == result.share_finished == 1.0
+    assert result.scores == [1.0]
     with pytest.raises(ValueError, match="dialogue 0"):
         take_dialogues([turns[:-1]], codec(), answering(answer))
 
