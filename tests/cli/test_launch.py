@@ -235,7 +235,7 @@ def test_launch_scripts_parse(name: str) -> None:
             "multinode.sh",
             ["2", "8", "node0:29400"],
             "--nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d --rdzv-id zj "
-            "--rdzv-endpoint node0:29400 -m megatron_zj.cli.train a=1 b=x y",
+            "--rdzv-endpoint node0:29400 --rdzv-conf join_timeout=1800 -m megatron_zj.cli.train a=1 b=x y",
         ),
     ],
 )
