@@ -37,6 +37,7 @@ class Entry:
     dots: bool = False  # tensor cores are promised
     aligned: bool = True  # every global load of a tile is promised 128 bits wide, and none 16
     tma: bool = False  # bulk tensor copies are promised
+    specialized: bool = False  # warps with registers of their own are promised, and no spill under any Triton
     only: tuple[str, ...] = field(default=("sm_80", "sm_90", "sm_100", "gfx942"))  # where it is used
 
     @property
@@ -187,9 +188,21 @@ def _dense(dim: int) -> Entry:
     )  # fmt: skip
 
 
+def _specialized(dim: int) -> Entry:
+    rows, length, heads, kv_heads = 4, 4096, 32, 8
+    strides = (heads * dim, kv_heads * dim, kv_heads * dim)
+    return Entry(
+        "attention", dense.attention_forward_specialized, "attention_forward_specialized", str(dim),
+        (*_floats(BF16, 4), pointer(FP32), *strides, length, length, rows * length, rows * length, 0.088),
+        {"HEADS": heads, "GROUP": heads // kv_heads, "D": dim, "CAUSAL": True}, dots=True, aligned=False, tma=True,
+        specialized=True, only=("sm_90",),
+    )  # fmt: skip
+
+
 def _around_attention() -> Iterator[Entry]:
-    yield _dense(64)
-    yield _dense(128)
+    for dim in dense.HEAD_DIMS:
+        yield _dense(dim)
+        yield _specialized(dim)
     yield Entry(
         "attention", attention.attention_delta, "attention_delta", "",
         (*_floats(BF16, 2), pointer(FP32), 2097152, 65536), {"HEADS": 32, "D": 128, "BD": 128},

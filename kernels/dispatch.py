@@ -12,12 +12,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import ModuleType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 Backend = Literal["triton", "torch"]
+DenseForm = Literal["portable", "tma", "specialized"]
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # once: torch.compile traces through ``backend_of``
 
 
@@ -25,7 +26,7 @@ class Registry:
     """The process-wide state of dispatch: the forced backend and the launches seen by ``record_launches``."""
 
     forced: Backend | None = None
-    tma: bool = False
+    dense: DenseForm = "portable"
     recording: bool = False
     launches: ClassVar[Counter[str]] = Counter()
 
@@ -47,17 +48,20 @@ def use(backend: Backend | None) -> Iterator[None]:
 
 
 @contextmanager
-def use_tma() -> Iterator[None]:
-    """Inside, dense attention goes through TMA descriptors where the device and the tensors allow it.
+def use_dense(form: DenseForm) -> Iterator[None]:
+    """Inside, attention over rows of one length takes this form where device, Triton and tensors allow it.
 
-    Off by default: which form is faster has not been measured.
+    "tma": bulk copies (sm_90 and newer).  "specialized": the copies have warps of their own besides (sm_90, and the
+    Triton versions known to compile it).  "portable", the default: which form is faster has not been measured.
     """
-    before = Registry.tma
-    Registry.tma = True
+    if form not in get_args(DenseForm):
+        raise ValueError(f"form must be one of {get_args(DenseForm)}, got {form!r}")
+    before = Registry.dense
+    Registry.dense = form
     try:
         yield
     finally:
-        Registry.tma = before
+        Registry.dense = before
 
 
 def backend_of(tensor: Tensor) -> Backend:

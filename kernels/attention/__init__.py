@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import checks, dispatch
+from kernels import arguments, dispatch
 from kernels.attention import reference
 
 
@@ -58,8 +58,8 @@ def attention(
     if cu_seqlens_k is None:
         cu_seqlens_k, cu_seqlens_k_list = cu_seqlens_q, cu_seqlens_q_list
     _check(q_THD, k_SKD, v_SKD, cu_seqlens_q, cu_seqlens_k, causal, window, q_slots)
-    ends_q = checks.host_ends(cu_seqlens_q, cu_seqlens_q_list, q_THD.shape[0], "cu_seqlens_q")
-    ends_k = checks.host_ends(cu_seqlens_k, cu_seqlens_k_list, k_SKD.shape[0], "cu_seqlens_k")
+    ends_q = arguments.host_ends(cu_seqlens_q, cu_seqlens_q_list, q_THD.shape[0], "cu_seqlens_q")
+    ends_k = arguments.host_ends(cu_seqlens_k, cu_seqlens_k_list, k_SKD.shape[0], "cu_seqlens_k")
     scale = q_THD.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     backend = dispatch.backend_of(q_THD)
     if dispatch.eager(q_THD, backend):
@@ -112,16 +112,16 @@ def decode_attention(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
     """
-    checks.require_float(q_RHD=q_RHD, k_cache_RSKD=k_cache_RSKD, v_cache_RSKD=v_cache_RSKD)
-    checks.require_integer(lengths_R=lengths_R)
-    checks.require_same_device(q=q_RHD, k_cache=k_cache_RSKD, v_cache=v_cache_RSKD, lengths=lengths_R)
-    checks.require_shape(q_RHD, (None, None, None), "q_RHD")
+    arguments.require_float(q_RHD=q_RHD, k_cache_RSKD=k_cache_RSKD, v_cache_RSKD=v_cache_RSKD)
+    arguments.require_integer(lengths_R=lengths_R)
+    arguments.require_same_device(q=q_RHD, k_cache=k_cache_RSKD, v_cache=v_cache_RSKD, lengths=lengths_R)
+    arguments.require_shape(q_RHD, (None, None, None), "q_RHD")
     num_rows, num_heads, dim = q_RHD.shape
-    checks.require_shape(k_cache_RSKD, (num_rows, None, None, dim), "k_cache_RSKD")
-    checks.require_shape(v_cache_RSKD, k_cache_RSKD.shape, "v_cache_RSKD")
-    checks.require_shape(lengths_R, (num_rows,), "lengths_R")
+    arguments.require_shape(k_cache_RSKD, (num_rows, None, None, dim), "k_cache_RSKD")
+    arguments.require_shape(v_cache_RSKD, k_cache_RSKD.shape, "v_cache_RSKD")
+    arguments.require_shape(lengths_R, (num_rows,), "lengths_R")
     _check_heads(num_heads, k_cache_RSKD.shape[2])
-    checks.require(window is None or window > 0, f"window must be positive, got {window}")
+    arguments.require(window is None or window > 0, f"window must be positive, got {window}")
     scale = dim**-0.5 if softmax_scale is None else float(softmax_scale)
     backend = dispatch.backend_of(q_RHD)
     with torch.no_grad():
@@ -140,9 +140,9 @@ def _dense(
     window: int | None,
     q_slots: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    checks.require(q.dim() == 4, f"without cu_seqlens q must be [B, T, H, D], got {list(q.shape)}")
-    checks.require(cu_seqlens_k is None and q_slots is None, "cu_seqlens_k and q_slots need cu_seqlens_q")
-    checks.require_shape(k, (q.shape[0], None, None, q.shape[3]), "k")
+    arguments.require(q.dim() == 4, f"without cu_seqlens q must be [B, T, H, D], got {list(q.shape)}")
+    arguments.require(cu_seqlens_k is None and q_slots is None, "cu_seqlens_k and q_slots need cu_seqlens_q")
+    arguments.require_shape(k, (q.shape[0], None, None, q.shape[3]), "k")
     rows = q.shape[0]
     ends_q, ends_k = ([row * x.shape[1] for row in range(rows + 1)] for x in (q, k))
     out, lse = attention(
@@ -170,25 +170,27 @@ def _check(
     window: int | None,
     q_slots: Tensor | None,
 ) -> None:
-    checks.require_float(q_THD=q, k_SKD=k, v_SKD=v)
-    checks.require(q.dtype == k.dtype == v.dtype, f"q, k, v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    checks.require_integer(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, q_slots=q_slots)
-    checks.require_same_device(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, q_slots=q_slots)
-    checks.require_shape(q, (None, None, None), "q_THD")
-    checks.require_shape(k, (None, None, q.shape[2]), "k_SKD")
-    checks.require_shape(v, k.shape, "v_SKD")
+    arguments.require_float(q_THD=q, k_SKD=k, v_SKD=v)
+    arguments.require(q.dtype == k.dtype == v.dtype, f"q, k, v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    arguments.require_integer(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, q_slots=q_slots)
+    arguments.require_same_device(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, q_slots=q_slots)
+    arguments.require_shape(q, (None, None, None), "q_THD")
+    arguments.require_shape(k, (None, None, q.shape[2]), "k_SKD")
+    arguments.require_shape(v, k.shape, "v_SKD")
     _check_heads(q.shape[1], k.shape[1])
     same = cu_seqlens_q.shape == cu_seqlens_k.shape
-    checks.require(same, f"cu_seqlens_q and cu_seqlens_k differ: {cu_seqlens_q.shape[0]}, {cu_seqlens_k.shape[0]} ends")
-    checks.require(window is None or (window > 0 and causal), f"window must be positive and causal, got {window}")
+    arguments.require(
+        same, f"cu_seqlens_q and cu_seqlens_k differ: {cu_seqlens_q.shape[0]}, {cu_seqlens_k.shape[0]} ends"
+    )
+    arguments.require(window is None or (window > 0 and causal), f"window must be positive and causal, got {window}")
     if q_slots is not None:
-        checks.require(causal, "q_slots is for causal attention")
-        checks.require_shape(q_slots, (q.shape[0],), "q_slots")
+        arguments.require(causal, "q_slots is for causal attention")
+        arguments.require_shape(q_slots, (q.shape[0],), "q_slots")
 
 
 def _check_heads(num_heads: int, num_kv: int) -> None:
     fits = num_kv > 0 and num_heads % num_kv == 0
-    checks.require(fits, f"{num_heads} query heads are not a multiple of {num_kv} key heads")
+    arguments.require(fits, f"{num_heads} query heads are not a multiple of {num_kv} key heads")
 
 
 @torch.library.custom_op("zj::attention", mutates_args=())

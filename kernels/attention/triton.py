@@ -454,11 +454,6 @@ def _equal(ends: Sequence[int] | None) -> bool:
     return ends is not None and len(ends) > 1 and len({b - a for a, b in itertools.pairwise(ends)}) == 1
 
 
-def _bulk(q: Tensor) -> bool:
-    """Whether the device has bulk tensor copies (the interpreter imitates them)."""
-    return not q.is_cuda or torch.cuda.get_device_capability(q.device) >= (9, 0)
-
-
 def _meta(q: Tensor, k: Tensor, cu_q: Tensor, slots: Tensor | None, causal: bool, window: int) -> dict[str, object]:
     dim = q.shape[2]
     return {
@@ -501,9 +496,9 @@ def forward(
     q, k, v = _unit(q), _unit(k), _unit(v)
     num_tokens, heads, _ = q.shape
     rows = cu_q.shape[0] - 1
-    even = Registry.tma and slots is None and window == 0 and _equal(ends_q) and _equal(ends_k) and _bulk(q)
-    if even and dense.takes(q, k, v, num_tokens // rows, k.shape[0] // rows, causal):
-        return dense.forward(q, k, v, rows, scale, causal)
+    even = Registry.dense != "portable" and slots is None and window == 0 and _equal(ends_q) and _equal(ends_k)
+    if even and (form := dense.form_of(q, k, v, rows, causal)) is not None:
+        return form(q, k, v, rows, scale, causal)
     out = q.new_empty(q.shape)
     lse = q.new_empty((heads, num_tokens), dtype=torch.float32)
     config = _table("attention_forward", q)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import checks, dispatch
+from kernels import arguments, dispatch
 from kernels.gae import reference
 
 
@@ -40,15 +40,15 @@ def gae(
     Raises:
         ValueError: shapes, dtypes or sequence ends that do not fit, gamma or lam outside 0 .. 1.
     """
-    checks.require_float(rewards_T=rewards_T, values_T=values_T, bootstrap_R=bootstrap_R)
-    checks.require_integer(cu_seqlens=cu_seqlens)
-    checks.require_same_device(rewards=rewards_T, values=values_T, bootstrap=bootstrap_R)
-    checks.require_shape(rewards_T, (None,), "rewards_T")
-    checks.require_shape(values_T, rewards_T.shape, "values_T")
-    checks.require(0 <= gamma <= 1 and 0 <= lam <= 1, f"gamma and lam must be 0 .. 1, got {gamma}, {lam}")
-    ends = checks.host_ends(cu_seqlens, cu_seqlens_list, rewards_T.shape[0], "cu_seqlens")
+    arguments.require_float(rewards_T=rewards_T, values_T=values_T, bootstrap_R=bootstrap_R)
+    arguments.require_integer(cu_seqlens=cu_seqlens)
+    arguments.require_same_device(rewards=rewards_T, values=values_T, bootstrap=bootstrap_R)
+    arguments.require_shape(rewards_T, (None,), "rewards_T")
+    arguments.require_shape(values_T, rewards_T.shape, "values_T")
+    arguments.require(0 <= gamma <= 1 and 0 <= lam <= 1, f"gamma and lam must be 0 .. 1, got {gamma}, {lam}")
+    ends = arguments.host_ends(cu_seqlens, cu_seqlens_list, rewards_T.shape[0], "cu_seqlens")
     if bootstrap_R is not None:
-        checks.require_shape(bootstrap_R, (cu_seqlens.shape[0] - 1,), "bootstrap_R")
+        arguments.require_shape(bootstrap_R, (cu_seqlens.shape[0] - 1,), "bootstrap_R")
     backend = dispatch.backend_of(rewards_T)
     with torch.no_grad():
         return _gae(rewards_T, values_T, cu_seqlens, bootstrap_R, ends, float(gamma), float(lam), backend)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import checks, dispatch
+from kernels import arguments, dispatch
 from kernels.linear_logprob import reference
 
 
@@ -103,7 +103,7 @@ def linear_logprob_partials(
     _check(hidden_TD, weight_VD, targets_T, temperature, mask_T)
     rows = weight_VD.shape[0]
     valid = rows if valid_rows is None else valid_rows
-    checks.require(0 <= valid <= rows, f"valid_rows must be 0 .. {rows}, got {valid}")
+    arguments.require(0 <= valid <= rows, f"valid_rows must be 0 .. {rows}, got {valid}")
     backend = dispatch.backend_of(hidden_TD)
     settings = (vocab_start, valid, float(temperature), entropy)
     if dispatch.eager(hidden_TD, backend):
@@ -147,16 +147,16 @@ def combine_partials(
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, mask: Tensor | None) -> None:
-    checks.require_float(hidden_TD=hidden, weight_VD=weight)
-    checks.require_integer(targets_T=targets)
-    checks.require_same_device(hidden=hidden, weight=weight, targets=targets, mask=mask)
-    checks.require_shape(hidden, (None, None), "hidden_TD")
-    checks.require_shape(weight, (None, hidden.shape[1]), "weight_VD")
-    checks.require_shape(targets, (hidden.shape[0],), "targets_T")
-    checks.require(temperature > 0, f"temperature must be > 0, got {temperature}")
+    arguments.require_float(hidden_TD=hidden, weight_VD=weight)
+    arguments.require_integer(targets_T=targets)
+    arguments.require_same_device(hidden=hidden, weight=weight, targets=targets, mask=mask)
+    arguments.require_shape(hidden, (None, None), "hidden_TD")
+    arguments.require_shape(weight, (None, hidden.shape[1]), "weight_VD")
+    arguments.require_shape(targets, (hidden.shape[0],), "targets_T")
+    arguments.require(temperature > 0, f"temperature must be > 0, got {temperature}")
     if mask is not None:
-        checks.require_shape(mask, (hidden.shape[0],), "mask_T")
-        checks.require(mask.dtype == torch.bool, f"mask_T must be bool, got {mask.dtype}")
+        arguments.require_shape(mask, (hidden.shape[0],), "mask_T")
+        arguments.require(mask.dtype == torch.bool, f"mask_T must be bool, got {mask.dtype}")
 
 
 class _Eager(torch.autograd.Function):

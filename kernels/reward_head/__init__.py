@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import checks, dispatch
+from kernels import arguments, dispatch
 from kernels.reward_head import reference
 
 
@@ -46,16 +46,18 @@ def reward_head(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
     """
-    checks.require_float(hidden_TD=hidden_TD, weight_D=weight_D, bias_1=bias_1, norm_weight_D=norm_weight_D)
-    checks.require_integer(last_R=last_R)
-    checks.require_same_device(hidden=hidden_TD, last=last_R, weight=weight_D, bias=bias_1, norm_weight=norm_weight_D)
-    checks.require_shape(hidden_TD, (None, None), "hidden_TD")
-    checks.require_shape(last_R, (None,), "last_R")
-    checks.require(weight_D.numel() == hidden_TD.shape[1], f"weight_D must hold {hidden_TD.shape[1]} numbers")
+    arguments.require_float(hidden_TD=hidden_TD, weight_D=weight_D, bias_1=bias_1, norm_weight_D=norm_weight_D)
+    arguments.require_integer(last_R=last_R)
+    arguments.require_same_device(
+        hidden=hidden_TD, last=last_R, weight=weight_D, bias=bias_1, norm_weight=norm_weight_D
+    )
+    arguments.require_shape(hidden_TD, (None, None), "hidden_TD")
+    arguments.require_shape(last_R, (None,), "last_R")
+    arguments.require(weight_D.numel() == hidden_TD.shape[1], f"weight_D must hold {hidden_TD.shape[1]} numbers")
     if bias_1 is not None:
-        checks.require_shape(bias_1, (1,), "bias_1")
+        arguments.require_shape(bias_1, (1,), "bias_1")
     if norm_weight_D is not None:
-        checks.require_shape(norm_weight_D, (hidden_TD.shape[1],), "norm_weight_D")
+        arguments.require_shape(norm_weight_D, (hidden_TD.shape[1],), "norm_weight_D")
     backend = dispatch.backend_of(hidden_TD)
     return _reward_head(hidden_TD, last_R, weight_D.reshape(-1), bias_1, norm_weight_D, float(eps), backend)[0]
 
@@ -90,13 +92,13 @@ def ranking_loss(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a negative margin or centering.
     """
-    checks.require_float(scores_R=scores_R)
-    checks.require_integer(groups_R=groups_R, ranks_R=ranks_R)
-    checks.require_same_device(scores=scores_R, groups=groups_R, ranks=ranks_R)
-    checks.require_shape(scores_R, (None,), "scores_R")
-    checks.require_shape(groups_R, scores_R.shape, "groups_R")
-    checks.require_shape(ranks_R, scores_R.shape, "ranks_R")
-    checks.require(margin >= 0 and centering >= 0, f"margin and centering must be >= 0, got {margin}, {centering}")
+    arguments.require_float(scores_R=scores_R)
+    arguments.require_integer(groups_R=groups_R, ranks_R=ranks_R)
+    arguments.require_same_device(scores=scores_R, groups=groups_R, ranks=ranks_R)
+    arguments.require_shape(scores_R, (None,), "scores_R")
+    arguments.require_shape(groups_R, scores_R.shape, "groups_R")
+    arguments.require_shape(ranks_R, scores_R.shape, "ranks_R")
+    arguments.require(margin >= 0 and centering >= 0, f"margin and centering must be >= 0, got {margin}, {centering}")
     terms = _ranking(
         scores_R, groups_R, ranks_R, float(margin), float(centering), mean_of_pairs, dispatch.backend_of(scores_R)
     )

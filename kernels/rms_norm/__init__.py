@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import checks, dispatch
+from kernels import arguments, dispatch
 from kernels.rms_norm import reference
 
 
@@ -48,9 +48,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         ValueError: shapes, dtypes or devices that do not fit together.
     """
     _check(x, weight, eps)
-    checks.require_shape(residual, x.shape, "residual")
-    checks.require(residual.dtype == x.dtype, f"residual must be {x.dtype} like x, got {residual.dtype}")
-    checks.require_same_device(x=x, residual=residual)
+    arguments.require_shape(residual, x.shape, "residual")
+    arguments.require(residual.dtype == x.dtype, f"residual must be {x.dtype} like x, got {residual.dtype}")
+    arguments.require_same_device(x=x, residual=residual)
     backend = dispatch.backend_of(x)
     if dispatch.eager(x, backend):
         return _EagerSum.apply(x, residual, weight, float(eps))
@@ -88,11 +88,11 @@ class _EagerSum(torch.autograd.Function):
 
 
 def _check(x: Tensor, weight: Tensor, eps: float) -> None:
-    checks.require_float(x=x, weight=weight)
-    checks.require_same_device(x=x, weight=weight)
-    checks.require(x.dim() >= 1, "x must have a last dimension to normalise")
-    checks.require_shape(weight, (x.shape[-1],), "weight")
-    checks.require(eps >= 0, f"eps must not be negative, got {eps}")
+    arguments.require_float(x=x, weight=weight)
+    arguments.require_same_device(x=x, weight=weight)
+    arguments.require(x.dim() >= 1, "x must have a last dimension to normalise")
+    arguments.require_shape(weight, (x.shape[-1],), "weight")
+    arguments.require(eps >= 0, f"eps must not be negative, got {eps}")
 
 
 @torch.library.custom_op("zj::rms_norm", mutates_args=())

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import checks, dispatch
+from kernels import arguments, dispatch
 from kernels.rope import reference
 
 
@@ -29,11 +29,11 @@ def rope(x_THD: Tensor, cos_PF: Tensor, sin_PF: Tensor, positions_T: Tensor, *, 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or in_place where x needs a gradient.
     """
-    checks.require_shape(x_THD, (None, None, None), "x_THD")
+    arguments.require_shape(x_THD, (None, None, None), "x_THD")
     _check(x_THD, x_THD.shape[2], cos_PF, sin_PF, positions_T)
     if in_place:
         recorded = torch.is_grad_enabled() and x_THD.requires_grad
-        checks.require(not recorded, "in_place rope would overwrite a tensor autograd needs; use it under no_grad")
+        arguments.require(not recorded, "in_place rope would overwrite a tensor autograd needs; use it under no_grad")
         return _rotate_in_place(x_THD, cos_PF, sin_PF, positions_T)
     backend = dispatch.backend_of(x_THD)
     if dispatch.eager(x_THD, backend) and not (torch.is_grad_enabled() and x_THD.requires_grad):
@@ -54,7 +54,7 @@ def split_rope(qkv_TGSD: Tensor, cos_PF: Tensor, sin_PF: Tensor, positions_T: Te
     Raises:
         ValueError: as ``rope``.
     """
-    checks.require(
+    arguments.require(
         qkv_TGSD.dim() == 4 and qkv_TGSD.shape[2] >= 3,
         f"qkv_TGSD must be [T, G, H / G + 2, D], got {list(qkv_TGSD.shape)}",
     )
@@ -95,13 +95,13 @@ class _EagerSplit(torch.autograd.Function):
 
 
 def _check(x: Tensor, dim: int, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
-    checks.require_float(x=x, cos_PF=cos, sin_PF=sin)
-    checks.require_integer(positions_T=positions)
-    checks.require_same_device(x=x, cos=cos, sin=sin, positions=positions)
-    checks.require(dim % 2 == 0, f"the head size must be even, got {dim}")
-    checks.require_shape(cos, (None, dim // 2), "cos_PF")
-    checks.require_shape(sin, cos.shape, "sin_PF")
-    checks.require_shape(positions, (x.shape[0],), "positions_T")
+    arguments.require_float(x=x, cos_PF=cos, sin_PF=sin)
+    arguments.require_integer(positions_T=positions)
+    arguments.require_same_device(x=x, cos=cos, sin=sin, positions=positions)
+    arguments.require(dim % 2 == 0, f"the head size must be even, got {dim}")
+    arguments.require_shape(cos, (None, dim // 2), "cos_PF")
+    arguments.require_shape(sin, cos.shape, "sin_PF")
+    arguments.require_shape(positions, (x.shape[0],), "positions_T")
 
 
 def rope_tables(inverse_frequencies_F: Tensor, num_positions: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import checks, dispatch
+from kernels import arguments, dispatch
 from kernels.swiglu import reference
 
 
@@ -24,9 +24,9 @@ def swiglu(gate_up: Tensor) -> Tensor:
     Raises:
         ValueError: not a float tensor, or an odd last dimension.
     """
-    checks.require_float(gate_up=gate_up)
+    arguments.require_float(gate_up=gate_up)
     even = gate_up.dim() >= 1 and gate_up.shape[-1] % 2 == 0
-    checks.require(even, f"the last dimension must hold gate and up, got {list(gate_up.shape)}")
+    arguments.require(even, f"the last dimension must hold gate and up, got {list(gate_up.shape)}")
     backend = dispatch.backend_of(gate_up)
     return _Eager.apply(gate_up) if dispatch.eager(gate_up, backend) else _swiglu(gate_up, backend)
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import checks, dispatch
+from kernels import arguments, dispatch
 from kernels.value_head import reference
 
 
@@ -93,22 +93,22 @@ def value_head_loss(
 
 
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    checks.require_float(hidden_TD=hidden, weight_D=weight, bias_1=bias)
-    checks.require_same_device(hidden=hidden, weight=weight, bias=bias)
-    checks.require_shape(hidden, (None, None), "hidden_TD")
-    checks.require(weight.numel() == hidden.shape[1], f"weight_D must hold {hidden.shape[1]} numbers")
+    arguments.require_float(hidden_TD=hidden, weight_D=weight, bias_1=bias)
+    arguments.require_same_device(hidden=hidden, weight=weight, bias=bias)
+    arguments.require_shape(hidden, (None, None), "hidden_TD")
+    arguments.require(weight.numel() == hidden.shape[1], f"weight_D must hold {hidden.shape[1]} numbers")
     if bias is not None:
-        checks.require_shape(bias, (1,), "bias_1")
+        arguments.require_shape(bias, (1,), "bias_1")
 
 
 def _check_targets(tokens: int, old: Tensor, returns: Tensor, clip: float | None, mask: Tensor | None) -> None:
-    checks.require_float(old_values_T=old, returns_T=returns)
-    checks.require_shape(old, (tokens,), "old_values_T")
-    checks.require_shape(returns, (tokens,), "returns_T")
-    checks.require(clip is None or clip >= 0, f"clip must be >= 0 or None, got {clip}")
+    arguments.require_float(old_values_T=old, returns_T=returns)
+    arguments.require_shape(old, (tokens,), "old_values_T")
+    arguments.require_shape(returns, (tokens,), "returns_T")
+    arguments.require(clip is None or clip >= 0, f"clip must be >= 0 or None, got {clip}")
     if mask is not None:
-        checks.require_shape(mask, (tokens,), "mask_T")
-        checks.require(mask.dtype == torch.bool, f"mask_T must be bool, got {mask.dtype}")
+        arguments.require_shape(mask, (tokens,), "mask_T")
+        arguments.require(mask.dtype == torch.bool, f"mask_T must be bool, got {mask.dtype}")
 
 
 @torch.library.custom_op("zj::value_head", mutates_args=())

@@ -35,7 +35,7 @@ def _bugs(op: str, kernel: str, cases: str, *edits: tuple[str, str, str] | tuple
     return [Bug(op, kernel, edit[3] if len(edit) == 4 else kernel, *edit[:3], cases) for edit in edits]
 
 
-_NO_DECODE = r"^(?!decode)"
+_NO_DECODE = r"^(?!decode|dense|specialized)"
 
 BUGS: list[Bug] = [
     *_bugs(
@@ -71,10 +71,10 @@ BUGS: list[Bug] = [
     *_bugs(
         "attention/dense", "attention_forward_dense", "^dense",
         ("no scale", "full, high, position, num_k, scale * LOG2E", "full, high, position, num_k, LOG2E"),
-        ("causal mask one key late", "key[None, :] <= position", "key[None, :] <= 1 + position", "_dense_keys"),
-        ("sum not rescaled", "total = total * rescale", "total = total", "_dense_keys"),
+        ("causal mask one key late", "key[None, :] <= position", "key[None, :] <= 1 + position", "_masked"),
+        ("sum not rescaled", "total * rescale", "total", "_weights"),
         ("output not rescaled", "acc = acc * rescale[:, None]", "acc = acc", "_dense_keys"),
-        ("key tail not masked", "seen = key[None, :] < num_k", "seen = key[None, :] >= 0", "_dense_keys"),
+        ("key tail not masked", "seen = key[None, :] < num_k", "seen = key[None, :] >= 0", "_masked"),
         ("heads map to groups by remainder", "batch, head // GROUP, full", "batch, head % (HEADS // GROUP), full"),
         ("lse in base 2", "tl.math.log2(total)) * LN2", "tl.math.log2(total))"),
         ("top-left alignment", "position = row + (num_k - num_q)", "position = row"),
@@ -82,6 +82,23 @@ BUGS: list[Bug] = [
         ("batch of the first row", "batch.to(tl.int64) * num_q", "batch.to(tl.int64)"),
         ("accumulator in bf16", "acc = acc * rescale[:, None]",
          "acc = (acc * rescale[:, None]).to(tl.bfloat16).to(tl.float32)", "_dense_keys"),
+    ),
+    *_bugs(
+        "attention/dense", "attention_forward_specialized", "^specialized",
+        ("no scale", "(scale * LOG2E)", "LOG2E"),
+        ("causal mask one key late", "key[None, :] <= position", "key[None, :] <= 1 + position", "_masked"),
+        ("key tail not masked", "seen = key[None, :] < num_k", "seen = key[None, :] >= 0", "_masked"),
+        ("sum not rescaled", "total * rescale", "total", "_weights"),
+        ("output not rescaled", "acc = acc * rescale[:, None]", "acc = acc"),
+        ("heads map to groups by remainder", "start, (head // GROUP) * D", "start, (head % (HEADS // GROUP)) * D"),
+        ("keys of the first row", "batch * num_k + start", "start"),
+        ("last keys dropped", "tile * BM + BM + num_k - num_q", "tile * BM + num_k - num_q"),
+        ("top-left alignment", "position = row + (num_k - num_q)", "position = row"),
+        ("lse in base 2", "tl.math.log2(total)) * LN2", "tl.math.log2(total))"),
+        ("query tail stored", "mask=row[:, None] < num_q", "mask=row[:, None] <= num_q"),
+        ("row stride ignored", "[stride_q, 1]", "[HEADS * D, 1]"),
+        ("accumulator in bf16", "acc = acc * rescale[:, None]",
+         "acc = (acc * rescale[:, None]).to(tl.bfloat16).to(tl.float32)"),
     ),
     *_bugs(
         "attention", "attention_dkdv", r"ragged|gqa|parallel|window|fewer|blind|scale|head 80|large",

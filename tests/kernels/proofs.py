@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -138,9 +139,10 @@ def prove_attention_strides(dtype: torch.dtype) -> None:
 
 
 def prove_dense(
-    rows: int, num_q: int, num_k: int, dtype: torch.dtype, *, causal: bool = True, dim: int = 64, fused: bool = False
-) -> None:
-    """The TMA form on a dense batch; ``fused``: q, k and v are slices of one tensor."""
+    form: dispatch.DenseForm, rows: int, num_q: int, num_k: int, dtype: torch.dtype, *, causal: bool = True,
+    dim: int = 64, fused: bool = False, falls_back: bool = False,
+) -> None:  # fmt: skip
+    """A form for dense batches; ``fused``: q, k and v are slices of one tensor; ``falls_back``: to the portable one."""
     cu_q, cu_k = ends([num_q] * rows), ends([num_k] * rows)
     launched: list[str] = []
 
@@ -148,7 +150,7 @@ def prove_dense(
         if fused:
             joined = torch.cat((q, k, v), 1)
             q, k, v = joined[:, : q.shape[1]], joined[:, q.shape[1] : -v.shape[1]], joined[:, -v.shape[1] :]
-        with dispatch.use_tma(), dispatch.record_launches() as launches:
+        with dispatch.use_dense(form), dispatch.record_launches() as launches:
             found = attention(q, k, v, cu_q.to(DEVICE), cu_k.to(DEVICE), causal=causal, cu_seqlens_q_list=cu_q.tolist(),
                               cu_seqlens_k_list=cu_k.tolist())  # fmt: skip
             launched.extend(launches)
@@ -160,8 +162,10 @@ def prove_dense(
 
     inputs = (normal(rows * num_q, 4, dim), normal(rows * num_k, 2, dim, seed=1), normal(rows * num_k, 2, dim, seed=2))
     compare(kernel, plain, inputs, dtype)
-    bulk = DEVICE.type == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
-    assert launched == ["attention_forward_dense" if bulk else "attention_forward"]
+    major = 9 if DEVICE.type == "cpu" else torch.cuda.get_device_capability()[0]
+    takes = not falls_back and (major >= 9 if form == "tma" else major == 9)
+    kernel_of = {"tma": "attention_forward_dense", "specialized": "attention_forward_specialized"}
+    assert launched == [kernel_of[form] if takes else "attention_forward"]
 
 
 def prove_decode(
@@ -275,9 +279,12 @@ def prove_rope(tokens: int, heads: int, dim: int, dtype: torch.dtype, *, strided
 
 def prove_logprob(
     tokens: int, vocab: int, width: int, dtype: torch.dtype, *, temperature: float = 1.0, valid: int | None = None,
-    masked: str = "none", size: float = 1.0, entropy: bool = True, strided: bool = False,
+    masked: str = "none", size: float = 1.0, entropy: bool = True, strided: bool = False, programs: int = 1056,
 ) -> None:  # fmt: skip
-    """Log-probability, entropy and the gradients of both for hidden and weight; and their bounds."""
+    """Log-probability, entropy and the gradients of both for hidden and weight; and their bounds.
+
+    ``programs``: how many the forward pass aims at; few, and each walks over several blocks of the vocabulary.
+    """
     rows = vocab if valid is None else valid
     targets = torch.arange(tokens) * 13 % rows
     mask = {"none": None, "some": torch.arange(tokens) % 3 != 1, "all": torch.zeros(tokens, dtype=torch.bool)}[masked]
@@ -286,10 +293,11 @@ def prove_logprob(
 
     def kernel(hidden: Tensor, weight: Tensor) -> Sequence[Tensor]:
         device_mask = None if mask is None else mask.to(DEVICE)
-        found = linear_logprob(
-            hidden[:, :width], weight, targets.to(DEVICE), temperature=temperature, valid_rows=valid,
-            mask_T=device_mask, entropy=entropy,
-        )  # fmt: skip
+        with patch.object(dispatch.triton_form("linear_logprob"), "PROGRAMS", programs):
+            found = linear_logprob(
+                hidden[:, :width], weight, targets.to(DEVICE), temperature=temperature, valid_rows=valid,
+                mask_T=device_mask, entropy=entropy,
+            )  # fmt: skip
         logprob, spread = (x.detach() for x in found)
         assert (logprob <= 0).all(), "a log-probability above 0"
         assert (spread >= 0).all(), "a negative entropy"
