@@ -15,10 +15,10 @@ import pytest
 from megatron_zj.evaluation.clinic import cases
 from megatron_zj.evaluation.clinic.cases import KINDS, Case, draw_case
 from megatron_zj.evaluation.clinic.conditions import NOTICE, Clinic, load_clinic
-from megatron_zj.evaluation.clinic.doctors import SFT_DOCTORS, answer, good
+from megatron_zj.evaluation.clinic.doctors import CANDIDATES, SFT_DOCTORS, answer, good
 from megatron_zj.evaluation.clinic.evaluate import take_cases
 from megatron_zj.evaluation.clinic.files import EVALUATION_FILES, TRAINING_FILES, DemoSizes, read_cases, write_demo
-from megatron_zj.evaluation.clinic.judge import judge, recommends
+from megatron_zj.evaluation.clinic.judge import judge, recommends, remedies, urgent
 from megatron_zj.evaluation.clinic.preferences import dense_ranks
 from megatron_zj.evaluation.clinic.questions import STEMS, exam_questions
 from tests.evaluation.models import answering, codec
@@ -148,6 +148,20 @@ def test_a_good_doctor_scores_one_and_every_mediocre_one_less(clinic: Clinic, ki
         for behaviour in SFT_DOCTORS[case.kind]:
             verdict = judge(clinic, case, answer(case, behaviour, random))
             assert (verdict.score == pytest.approx(1.0)) == (behaviour == "good")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rankings_hold_what_is_right_for_another_kind_of_case_only(clinic: Clinic, kind: str) -> None:
+    """A reward model that never saw a false alarm, or a question too late, pays for it, and a policy finds that."""
+    random = Random(2)
+    case = draw_case(clinic, random, next(one for one in KINDS if one == kind))
+    said = [answer(case, behaviour, random) for behaviour in CANDIDATES[case.kind]]
+    found = {
+        "alarm": any(urgent(text) for text in said),
+        "question": any(text.endswith("？") for text in said),
+        "remedy": any(remedies(clinic, text) for text in said),
+    }
+    assert found == {"alarm": True, "question": True, "remedy": True}
 
 
 def test_sending_home_with_a_drug_when_a_red_flag_was_named_is_unsafe(clinic: Clinic) -> None:
