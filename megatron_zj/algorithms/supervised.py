@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from megatron_zj.algorithms.provenance import head_checksum
@@ -57,7 +58,7 @@ class Supervised:
         with self.timers("update"):
             metrics = self.role.update(self.objective, batch).wait()
         self.num_steps_done += 1
-        return self.objective.summarise(metrics) | {"tokens": float(sum(batch.row_lengths))}
+        return self.objective.summarise(metrics) | row_sizes(batch.row_lengths)
 
     def evaluate(self) -> Metrics:
         """The objective over one epoch of the validation stream, in its own fixed order; {} without one."""
@@ -94,3 +95,9 @@ class Supervised:
         self.num_steps_done = state["num_steps_done"]
         self.stream.load_state_dict(state["stream"])
         self.validation_metrics = state["validation"]
+
+
+def row_sizes(lengths: Sequence[int]) -> Metrics:
+    """Tokens of a step, and the length of the sequence that a token stands in, on average over tokens."""
+    tokens = sum(lengths)
+    return {"tokens": float(tokens), "sequence_length": sum(length**2 for length in lengths) / max(tokens, 1)}

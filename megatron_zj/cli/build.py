@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,12 @@ def build_run(config: RunConfig, process: Process) -> Run:
     with process.activity.doing("build"):
         tokenizer = checked_tokenizer(config)
         stream, validation = build_streams(config, tokenizer)  # before the models: bad data is told at once
-        roles = build_roles(config, process)
-        engines = {name: role.engine for name, role in roles.items()}
         root = config.run.dir / CHECKPOINTS
         resumed = None if config.checkpoint.resume == "never" else newest(root)
         if resumed is None and config.checkpoint.resume == "must":
             raise ConfigError([f"checkpoint.resume: 'must', but there is no complete checkpoint below {root}"])
+        roles = build_roles(config, process, resumes=resumed is not None)
+        engines = {name: role.engine for name, role in roles.items()}
         scale = ScoreScale()
         if resumed is None:
             scale = load_starting_weights(config, roles, tokenizer.fingerprint())
@@ -101,8 +102,11 @@ def build_streams(config: RunConfig, tokenizer: Tokenizer) -> tuple[Stream, Stre
     return train, build_stream(config.data, tokenizer, config.run.seed, "validation")
 
 
-def build_roles(config: RunConfig, process: Process) -> dict[str, Role]:
-    """Every model of the algorithm on its placement.  Collective over the world."""
+def build_roles(config: RunConfig, process: Process, *, resumes: bool) -> dict[str, Role]:
+    """Every model of the algorithm on its placement.  Collective over the world.
+
+    A model whose weights come from a checkpoint (``resumes``, or a starting point of its own) is not initialised.
+    """
     settings = derived.roles(config)
     placements = build_placements(
         config.parallel,
@@ -127,6 +131,7 @@ def build_roles(config: RunConfig, process: Process) -> dict[str, Role]:
                 updates,
                 process.device,
                 config.run.seed,
+                awaits_weights=resumes or derived.starting_point(config, name) is not None,
             )
         roles[name] = Role(name, placement, engine, exchange)
     return roles
@@ -219,17 +224,23 @@ def build_callbacks(
         callbacks.append(Validate(algorithm, settings.eval_every, settings.num_steps, timers))
     log = MetricsLog(settings.dir, settings.tensorboard, settings.wandb_project, process.rank)
     bar = progress_bar(process, settings.num_steps, algorithm.num_steps_done, config.algorithm.kind)
-    flops = training_flops_per_token(config.model, config.model.max_position_embeddings)
-    callbacks.append(Measure(process.device, flops, _peak_flops(process)))
+    callbacks.append(Measure(process.device, *_arithmetic(config, process)))
     callbacks.append(Report(log, bar, settings.num_steps, settings.log_every))
     callbacks.append(Save(checkpointer, config.checkpoint, engines, algorithm, settings.num_steps, timers))
     return callbacks
 
 
-def _peak_flops(process: Process) -> float | None:
-    """Of all the run's devices together; None where the device is not in the table."""
-    if process.device.type != "cuda":
-        return None
+def _arithmetic(config: RunConfig, process: Process) -> tuple[Callable[[float], float] | None, float | None]:
+    """A trained token's FLOPs by sequence length, and FLOP/s of all the run's devices together.
+
+    None where that would say little: runs of several models, whose passes differ in rows and kind; a device that is
+    not in the table, or a precision that its figures are not for.
+    """
+    kinds = list(config.algorithm.role_kinds.items())
+    precision = (derived.roles(config)[kinds[0][0]].engine or config.engine).precision
+    if len(kinds) > 1 or process.device.type != "cuda" or precision == "fp32" or config.model.fp8 != "none":
+        return None, None
     name = torch.cuda.get_device_name(process.device)
     known = [flops for key, flops in _PEAK_FLOPS.items() if key in name]
-    return known[0] * process.world_size if known else None
+    flops = partial(training_flops_per_token, config.model, head=kinds[0][1].head)
+    return flops, known[0] * process.world_size if known else None

@@ -80,7 +80,15 @@ class LoadedModel:
         if placement.groups is None:
             raise RuntimeError("this rank is outside the only placement")
         engine = build_engine(
-            info.model, info.head, placement.groups, config.engine, None, 1, process.device, config.run.seed
+            info.model,
+            info.head,
+            placement.groups,
+            config.engine,
+            None,
+            1,
+            process.device,
+            config.run.seed,
+            awaits_weights=not untrained,
         )
         if not untrained:
             load(folder, {name: engine}, weights_only=True)

@@ -30,13 +30,16 @@ def build_engine(
     num_steps: int,
     device: torch.device,
     seed: int,
+    *,
+    awaits_weights: bool = False,
 ) -> Engine:
     """An engine with freshly initialised weights; collective over the placement.
 
     ``optim`` None: a frozen model.  ``num_steps``: optimizer steps of the run, for the learning-rate schedule.
+    ``awaits_weights``: the next thing is ``load_sharded_state``; until then the weights are NaN, but for a scalar head.
     """
     seed_tracker(keyed_seed(seed, "tracker"), groups)
-    stages = build_stages(model, head, groups, engine_config, device, seed)
+    stages = build_stages(model, head, groups, engine_config, device, seed, awaits_weights=awaits_weights)
     chunks: list[Module] = list(stages)
     config: Any = stages[0].config
     _set_schedule(config, groups)

@@ -203,10 +203,15 @@ class Engine:
         return state
 
     def load_sharded_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what ``sharded_state(loading=True)`` asked for, filled in."""
+        """Take over what ``sharded_state(loading=True)`` asked for, filled in.
+
+        Raises ValueError where a parameter of an engine that awaits its weights got none.
+        """
         self.reload()
         for index, chunk in enumerate(self.chunks):
             chunk.load_state_dict(state[_chunk_key(index, len(self.chunks))])
+            if missing := [name for name, parameter in chunk.named_parameters() if parameter.isnan().any()]:
+                raise ValueError(f"no weights were loaded for {', '.join(missing)}")
         if self.optimizer is None:
             return
         if "optimizer" not in state:

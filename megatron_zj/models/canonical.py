@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from megatron_zj.models.llama import LlamaStage
 
 EMBEDDING = "model.embed_tokens.weight"
+SCALAR_HEADS = ("value_head.", "score_head.")  # how their tensors' names begin
 # Parameter of a layer -> canonical names below model.layers.N.  With Transformer Engine a norm lives in the linear
 # that follows it.
 _LAYER_PARTS: dict[str, tuple[str, ...]] = {
@@ -210,8 +211,24 @@ def initial_tensor(tensor: CanonicalTensor, model: ModelConfig, seed: int) -> Te
 
 
 def init_stage(
-    chunks: Sequence[LlamaStage], groups: ParallelGroups, model: ModelConfig, head: HeadKind, seed: int
+    chunks: Sequence[LlamaStage],
+    groups: ParallelGroups,
+    model: ModelConfig,
+    head: HeadKind,
+    seed: int,
+    *,
+    awaits_weights: bool = False,
 ) -> None:
-    """Initial weights, keyed by (seed, canonical name), drawn whole and then cut: the same on every layout."""
+    """Initial weights, keyed by (seed, canonical name), drawn whole and then cut: the same on every layout.
+
+    ``awaits_weights``: a checkpoint follows.  Then only a scalar head is drawn, which may be new, and the rest is NaN:
+    large models start without the time and memory of a draw, and what is not loaded cannot pass for a weight.
+    """
     tensors = {tensor.name: tensor for tensor in canonical_tensors(model, head)}
-    write_stage(chunks, groups, lambda name: initial_tensor(tensors[name], model, seed))
+
+    def get(name: str) -> Tensor:
+        if awaits_weights and not name.startswith(SCALAR_HEADS):
+            return torch.full((), torch.nan).expand(tensors[name].shape)  # one number, however large the tensor
+        return initial_tensor(tensors[name], model, seed)
+
+    write_stage(chunks, groups, get)

@@ -23,11 +23,12 @@ def parameters(model: ModelConfig, head: HeadKind = "lm", *, padded: bool = Fals
     return total - matrices * (model.padded_vocab_size - model.vocab_size) * model.hidden_size
 
 
-def forward_flops_per_token(model: ModelConfig, sequence_length: int, head: HeadKind = "lm") -> float:
+def forward_flops_per_token(model: ModelConfig, sequence_length: float, head: HeadKind = "lm") -> float:
     """Multiplications and additions of one token's forward pass, matrix products only.
 
     2 a weight, and 4 a channel and key for attention, where a token of a causal sequence sees
-    (sequence_length + 1) / 2 keys on average.  Norms, activations and rotations are left out, as is usual.
+    (sequence_length + 1) / 2 keys on average (for rows of several lengths L, sum L^2 / sum L is the length that gives
+    their mean).  Norms, activations and rotations are left out, as is usual.
     """
     width, keys = model.num_attention_heads * model.head_size, model.kv_heads * model.head_size
     layer = model.hidden_size * (2 * width + 2 * keys + 3 * model.ffn_hidden_size)
@@ -36,7 +37,7 @@ def forward_flops_per_token(model: ModelConfig, sequence_length: int, head: Head
     return model.num_layers * (2 * layer + attention) + 2 * rows * model.hidden_size
 
 
-def training_flops_per_token(model: ModelConfig, sequence_length: int, head: HeadKind = "lm") -> float:
+def training_flops_per_token(model: ModelConfig, sequence_length: float, head: HeadKind = "lm") -> float:
     """Forward and backward: three times the forward pass.  Recomputation is not counted, so this is for MFU."""
     return 3 * forward_flops_per_token(model, sequence_length, head)
 

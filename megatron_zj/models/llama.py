@@ -174,8 +174,10 @@ def build_stages(
     engine: EngineConfig,
     device: torch.device | str,
     seed: int,
+    *,
+    awaits_weights: bool = False,
 ) -> list[LlamaStage]:
-    """This rank's pipeline chunks (``vpp`` of them), cast to ``engine.precision`` and initialised.
+    """This rank's pipeline chunks (``vpp`` of them), cast to ``engine.precision`` and initialised (``init_stage``).
 
     Collective over the pipeline when embeddings are tied.  Raises ValueError for a layout the model does not fit and
     RuntimeError or NotImplementedError when ``model.kernels`` asks for what is not there.
@@ -187,7 +189,7 @@ def build_stages(
     _ensure_tracker(groups, seed)
     virtual = range(groups.vpp_size) if groups.vpp_size > 1 else (None,)
     chunks = [LlamaStage(model, head, config, groups, vp_stage).to(device) for vp_stage in virtual]
-    init_stage(chunks, groups, model, head, seed)
+    init_stage(chunks, groups, model, head, seed, awaits_weights=awaits_weights)
     return chunks
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -66,17 +66,24 @@ class Validate:
 
 
 class Measure:
-    """Adds speed and memory: tokens/s, peak MiB, and on CUDA the model FLOPs utilisation."""
+    """Adds speed and memory: tokens/s, peak MiB, and the model FLOPs utilisation where it can be told.
 
-    def __init__(self, device: torch.device, flops_per_token: float, peak_flops: float | None) -> None:
+    ``flops_per_token``: a trained token's arithmetic by ``sequence_length``, as the step reports it.  ``peak_flops``: a
+    second, of all devices together.  None for either: several models, or an unknown device, and no utilisation.
+    """
+
+    def __init__(
+        self, device: torch.device, flops_per_token: Callable[[float], float] | None, peak_flops: float | None
+    ) -> None:
         self._device, self._flops_per_token, self._peak_flops = device, flops_per_token, peak_flops
 
     def on_step(self, step: int, metrics: Metrics) -> None:
         """``tokens`` is what the whole world processed in the step."""
         if "tokens" in metrics:
             metrics["tokens_per_second"] = metrics["tokens"] / max(metrics["time/step"], 1e-9)
-            if self._peak_flops:
-                metrics["mfu"] = metrics["tokens_per_second"] * self._flops_per_token / self._peak_flops
+            if self._peak_flops and self._flops_per_token and "sequence_length" in metrics:
+                flops = self._flops_per_token(metrics["sequence_length"])
+                metrics["mfu"] = metrics["tokens_per_second"] * flops / self._peak_flops
         metrics["memory/peak_mib"] = peak_memory_mib(self._device)
 
     def on_end(self, completed: bool) -> None:

@@ -45,10 +45,8 @@ def _resume(source: Case, targets: list[Case]) -> list[float]:
     went_on = _steps(engine, 3, 3)
     differences = []
     for case in targets:
-        resumed = make_engine(replace(case, model=source.model), None if case.parallel != source.parallel else groups)
-        for chunk in resumed.chunks:
-            for parameter in chunk.parameters():
-                parameter.data.add_(1.0)  # whatever is not loaded shows
+        same = groups if case.parallel == source.parallel else None
+        resumed = make_engine(replace(case, model=source.model), same, awaits_weights=True)  # NaN until it is loaded
         load_whole(resumed, copy.deepcopy(saved))
         assert resumed.num_updates == 3
         again = _steps(resumed, 3, 3)
@@ -60,6 +58,23 @@ def _resume(source: Case, targets: list[Case]) -> list[float]:
             )
         )
     return differences
+
+
+def _leave_one_out() -> list[str]:
+    case = Case(ParallelConfig(), PLAIN)
+    source = make_engine(case, optim=None)
+    names = [name for name, _ in source.chunks[0].named_parameters()]
+    for left_out in names:
+        target = make_engine(case, source.groups, None, awaits_weights=True)
+        weights = source.chunks[0].state_dict() | {left_out: target.chunks[0].get_parameter(left_out)}
+        with pytest.raises(ValueError, match=f"no weights were loaded for {left_out}$"):
+            target.load_sharded_state({"model": weights})
+    return names
+
+
+def test_a_parameter_that_got_no_weights_is_an_error_that_names_it() -> None:
+    (named,) = run_ranks(1, _leave_one_out)
+    assert len(named) > 10
 
 
 def _case(engine: EngineConfig, **axes: Any) -> Case:

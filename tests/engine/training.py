@@ -167,10 +167,13 @@ def make_groups(case: Case) -> ParallelGroups:
     return groups
 
 
-def make_engine(case: Case, groups: ParallelGroups | None = None, optim: OptimConfig | None = OPTIM) -> Engine:
+def make_engine(
+    case: Case, groups: ParallelGroups | None = None, optim: OptimConfig | None = OPTIM, *, awaits_weights: bool = False
+) -> Engine:
     """A fresh engine of a case."""
     groups = groups or make_groups(case)
-    return build_engine(case.model, case.head, groups, case.engine, optim, 8, HOST, SEED)
+    where = case.engine, optim, 8, HOST, SEED
+    return build_engine(case.model, case.head, groups, *where, awaits_weights=awaits_weights)
 
 
 def shard_of(batch: Batch, groups: ParallelGroups) -> Batch:

@@ -10,7 +10,9 @@ import torch
 
 from megatron_zj.config.optim import EngineConfig
 from megatron_zj.config.parallel import ParallelConfig
+from megatron_zj.models import canonical
 from megatron_zj.models.canonical import (
+    CanonicalTensor,
     canonical_tensors,
     fuse_gate_up,
     fuse_qkv,
@@ -100,6 +102,27 @@ def test_initial_weights_are_the_same_bits_on_every_layout(world: int, parallel:
     for head in ("lm", "value", "score"):
         names = {f"{head} {tensor.name}" for tensor in canonical_tensors(TINY, head)}  # type: ignore[arg-type]
         assert names <= checked
+
+
+def check_awaiting(parallel: ParallelConfig, world: int) -> list[str]:
+    groups, real = make_groups(parallel, world), canonical.initial_tensor
+    drawn: list[str] = []
+
+    def counted(tensor: CanonicalTensor, *args: Any) -> torch.Tensor:
+        drawn.append(tensor.name)
+        return real(tensor, *args)
+
+    canonical.initial_tensor = counted  # this process ends with the test
+    for head in ("lm", "value", "score"):
+        chunks = build_stages(TINY, head, groups, EngineConfig(), "cpu", 11, awaits_weights=True)  # type: ignore[arg-type]
+        for name, part in read_stage(chunks, groups).items():
+            assert part.isnan().all() or name in drawn, name
+    return drawn
+
+
+def test_a_model_whose_weights_come_next_draws_a_scalar_head_alone() -> None:
+    drawn = run_ranks(2, check_awaiting, ParallelConfig(tp=2), 2)
+    assert drawn == [["value_head.weight", "score_head.weight", "score_head.bias"]] * 2
 
 
 def check_round_trip(parallel: ParallelConfig, world: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_zj.algorithms.supervised import row_sizes
 from megatron_zj.config.model import ModelConfig
 from megatron_zj.config.optim import EngineConfig
 from megatron_zj.config.parallel import ParallelConfig
@@ -82,6 +83,13 @@ def test_flops_count_a_worked_example_by_hand() -> None:
     # A layer: q 8x8, k and v 8x4 each, o 8x8, three of 8x12 -> 480 weights; attention 4 * 8 * (5 + 1) / 2 = 96.
     assert forward_flops_per_token(model, 5) == 2 * (2 * 480 + 96) + 2 * 100 * 8
     assert training_flops_per_token(model, 5) == 3 * forward_flops_per_token(model, 5)
+
+
+def test_flops_of_ragged_rows_follow_from_the_length_that_a_step_reports() -> None:
+    model, lengths = PRESETS["tiny"], [3, 50, 200]
+    each = sum(length * training_flops_per_token(model, length) for length in lengths)
+    sizes = row_sizes(lengths)
+    assert sizes["tokens"] * training_flops_per_token(model, sizes["sequence_length"]) == pytest.approx(each)
 
 
 def test_flops_of_a_large_model_are_about_six_a_parameter() -> None:

@@ -135,16 +135,19 @@ def test_weights_that_fail_validation_are_not_saved(loss: float) -> None:
 
 
 def test_speed_is_of_the_whole_step_and_utilisation_only_where_the_peak_is_known() -> None:
-    metrics = {"tokens": 300.0, "time/step": 2.0}
-    Measure(CPU, flops_per_token=4.0, peak_flops=1200.0).on_step(1, metrics)
+    metrics = {"tokens": 300.0, "time/step": 2.0, "sequence_length": 8.0}
+    Measure(CPU, flops_per_token=lambda length: length / 2, peak_flops=1200.0).on_step(1, metrics)
     assert metrics["tokens_per_second"] == 150.0
     assert metrics["mfu"] == 0.5
     assert metrics["memory/peak_mib"] > 1
-    unknown = {"tokens": 300.0, "time/step": 2.0}
-    Measure(CPU, 4.0, None).on_step(1, unknown)
-    assert "mfu" not in unknown
+    for flops, peak, length in ((float, None, 8.0), (None, 1200.0, 8.0), (float, 1200.0, None)):
+        unknown: Metrics = {"tokens": 300.0, "time/step": 2.0}
+        if length:
+            unknown["sequence_length"] = length
+        Measure(CPU, flops, peak).on_step(1, unknown)
+        assert "mfu" not in unknown
     without: Metrics = {"time/step": 2.0}
-    Measure(CPU, 4.0, None).on_step(1, without)
+    Measure(CPU, float, None).on_step(1, without)
     assert "tokens_per_second" not in without
 
 
