@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-IMPROVES = ("ppo", "grpo", "rejection", "dpo")  # must raise the oracle score of the SFT model they start from
+IMPROVES = ("grpo", "rejection", "dpo")  # as PPO, must raise the oracle score of the SFT model they start from
 WORSENS = ("ppo_flipped",)  # must lower it
 CLEARLY = 0.05  # least change of the oracle score (in [0, 1]) that counts: some 1.6 standard errors of 200 answers
 

@@ -14,7 +14,7 @@ GOOD: dict[str, Any] = {
     "reward_pair_accuracy": 0.95,
     "oracle_score": {"sft": 0.7, "ppo": 0.85},
     "learning": {
-        "ppo": {"oracle_score": 0.85, "kl_highest": 1.0, "kl_target": 5.0},
+        "ppo": {"kl_highest": 1.0, "kl_target": 5.0},
         "grpo": {"oracle_score": 0.8, "kl_highest": 1.0, "kl_target": 5.0},
         "rejection": {"oracle_score": 0.8},
         "dpo": {"oracle_score": 0.8},
@@ -51,7 +51,6 @@ def test_a_good_run_misses_nothing() -> None:
         ("learning__ppo__kl_highest", 5.1, "KL of ppo at its highest"),
         ("learning__ppo__kl_target", None, "KL of ppo at its highest"),
         ("learning__grpo__kl_highest", 5.1, "KL of grpo at its highest"),
-        ("learning__ppo__oracle_score", 0.74, "oracle score, gain by ppo"),
         ("learning__grpo__oracle_score", 0.74, "oracle score, gain by grpo"),
         ("learning__rejection__oracle_score", 0.74, "oracle score, gain by rejection"),
         ("learning__dpo__oracle_score", 0.74, "oracle score, gain by dpo"),
