@@ -31,7 +31,8 @@ def line_plot(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], x_
         if len(finite) > 1:
             row, column = divmod(index, _LEGEND_COLUMNS)
             place, line = _LEFT + 8 + column * 110, _TOP + 12 + row * 12
-            parts.append(f'<text x="{place}" y="{line}" fill="{colour}">{escape(name)}</text>')
+            halo = 'paint-order="stroke" stroke="#fff" stroke-width="3"'  # readable where a line runs behind it
+            parts.append(f'<text x="{place}" y="{line}" fill="{colour}" {halo}>{escape(name)}</text>')
     return _svg(parts)
 
 
