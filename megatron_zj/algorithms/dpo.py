@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_zj.algorithms.experience import as_rows
+from megatron_zj.algorithms.functional import wins
+from megatron_zj.algorithms.resumable import Resumable
 from megatron_zj.config.algorithm import DPOConfig
 from megatron_zj.config.model import Want
 from megatron_zj.data.batch import GROUP, Batch
@@ -48,7 +49,7 @@ class WeightedLogprobs:
         return LossTerms((outputs["logprobs"] * batch.per_token["loss_weight"] * batch.targets).sum())
 
 
-class DPO:
+class DPO(Resumable):
     """One optimizer step a step, on the next ranked groups of the stream."""
 
     def __init__(
@@ -63,7 +64,7 @@ class DPO:
     ) -> None:
         self.config, self.actor, self.reference, self.stream = config, actor, reference, stream
         self.world, self.timers, self.validation = world, timers, validation
-        self.num_steps_done = 0
+        super().__init__(stream=stream)
 
     @property
     def roles(self) -> dict[str, Role]:
@@ -124,20 +125,11 @@ class DPO:
             margin_P = rewards_R[better] - rewards_R[worse]
             sigmoid = torch.nn.functional.logsigmoid
             loss = (-(1 - smoothing) * sigmoid(margin_P) - smoothing * sigmoid(-margin_P)).mean()
-            entries = [margin_P.new_tensor(float(len(margin_P))), (margin_P > 0).double().sum(), margin_P.sum()]
+            entries = [margin_P.new_tensor(float(len(margin_P))), wins(margin_P).sum(), margin_P.sum()]
             entries += [rewards_R[better].sum(), rewards_R[worse].sum(), margin_P.new_ones(())]
             sums = sums + torch.stack([loss, *entries])
             first_rows.add(group[0])
         return sums, first_rows
-
-    def state_dict(self) -> dict[str, Any]:
-        """Steps done and the stream's place."""
-        return {"num_steps_done": self.num_steps_done, "stream": self.stream.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undo ``state_dict``."""
-        self.num_steps_done = state["num_steps_done"]
-        self.stream.load_state_dict(state["stream"])
 
 
 def _pairs(group: Sequence[int], ranks: Sequence[int], extremes: bool) -> list[tuple[int, int]]:

@@ -81,13 +81,13 @@ def importance_weights(logprobs_T: Tensor, sampling_logprobs_T: Tensor, cap: flo
     return (logprobs_T - sampling_logprobs_T).exp().clamp(max=cap)
 
 
-def aggregation_fields(mask: Rows, aggregation: Aggregation) -> dict[str, Rows]:
+def aggregation_fields(mask: Rows, aggregation: Aggregation, dtype: torch.dtype = torch.float32) -> dict[str, Rows]:
     """What makes a sum over tokens the mean that is asked for, whatever the minibatch, micro-batch and layout.
 
-    ``loss_weight``: the factor of each token; ``loss_count`` (int64): its share of the denominator.  token: both are
-    the mask.  sequence: 1 / (tokens of the row), and 1 at each row's last response token.
+    ``loss_weight`` (``dtype``): the factor of each token; ``loss_count`` (int64): its share of the denominator.
+    token: both are the mask.  sequence: 1 / (tokens of the row), and 1 at each row's last response token.
     """
-    mask_T = mask.values.to(torch.float32)
+    mask_T = mask.values.to(dtype)
     if aggregation == "token":
         return {"loss_weight": mask.replace(mask_T), "loss_count": mask.replace(mask.values.to(torch.int64))}
     weights, counts = torch.zeros_like(mask_T), torch.zeros_like(mask.values, dtype=torch.int64)
@@ -173,6 +173,11 @@ def mean_and_deviation(sums: Tensor) -> tuple[float, float]:
 def whiten(values_T: Tensor, mask_T: Tensor, mean: float, deviation: float) -> Tensor:
     """Masked values shifted to mean 0 and scaled to deviation 1; 0 elsewhere."""
     return torch.where(mask_T.bool(), (values_T - mean) / (deviation + 1e-8), torch.zeros_like(values_T))
+
+
+def wins(difference_P: Tensor) -> Tensor:
+    """How a pair counts in any accuracy, by better minus worse: 1, 0, or 1/2 where they are equal."""
+    return (difference_P.sign() + 1) / 2
 
 
 def repetition(tokens: Tensor, size: int = 4) -> float:

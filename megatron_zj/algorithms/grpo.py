@@ -7,8 +7,6 @@ reference stands in the loss.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -27,6 +25,7 @@ from megatron_zj.algorithms.experience import (
 from megatron_zj.algorithms.functional import aggregation_fields, group_advantages
 from megatron_zj.algorithms.health import Health
 from megatron_zj.algorithms.objectives import PolicyObjective
+from megatron_zj.algorithms.resumable import Resumable
 from megatron_zj.algorithms.shaping import Shaping
 from megatron_zj.config.algorithm import GRPOConfig
 from megatron_zj.data.batch import Rows
@@ -38,7 +37,7 @@ from megatron_zj.rollout.generate import Rollout
 from megatron_zj.runtime.timers import Timers
 
 
-class GRPO:
+class GRPO(Resumable):
     """The algorithm over three roles: actor, reference, reward."""
 
     def __init__(
@@ -56,7 +55,7 @@ class GRPO:
         self.world, self.seed, self.timers, self.shaping = world, seed, timers, shaping
         self.health = Health(config.health, config.kl_target, speaks=world.rank == 0)
         self.objective = PolicyObjective.of(config, rollout.temperature, config.kl_coef)
-        self.num_steps_done = 0
+        super().__init__(prompts=prompts, shaping=shaping, health=self.health)
 
     def step(self) -> Metrics:
         """One iteration: collect, then learn."""
@@ -91,7 +90,7 @@ class GRPO:
                 "old_logprobs": old,
                 "ref_logprobs": ref,
                 "advantages": _spread(advantages, mask),
-                **aggregation_fields(mask, config.aggregation),
+                **aggregation_fields(mask, config.aggregation, old.values.dtype),
             }
         )
         return trajectories, metrics | describe_samples(local, raw, scores) | describe_policy(local, old, ref)
@@ -104,22 +103,6 @@ class GRPO:
             if config.early_stop_kl is not None and updates[-1]["approx_kl"] > config.early_stop_kl:
                 break
         return prefixed("actor/", averages(updates)) | {"actor/first_ratio_off": updates[0]["ratio_off"]}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything but the models."""
-        return {
-            "num_steps_done": self.num_steps_done,
-            "prompts": self.prompts.state_dict(),
-            "shaping": self.shaping.state_dict(),
-            "health": self.health.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undo ``state_dict``."""
-        self.num_steps_done = state["num_steps_done"]
-        self.prompts.load_state_dict(state["prompts"])
-        self.shaping.load_state_dict(state["shaping"])
-        self.health.load_state_dict(state["health"])
 
 
 def _spread(values_R: Tensor, mask: Rows) -> Rows:

@@ -11,7 +11,6 @@ Ziegler et al. 2019 and Ouyang et al. 2022.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_zj.algorithms.controllers import KLController
 from megatron_zj.algorithms.experience import (
@@ -36,6 +35,7 @@ from megatron_zj.algorithms.functional import (
 )
 from megatron_zj.algorithms.health import Health
 from megatron_zj.algorithms.objectives import PolicyObjective, ValueObjective
+from megatron_zj.algorithms.resumable import Resumable
 from megatron_zj.algorithms.shaping import Shaping
 from megatron_zj.config.algorithm import PPOConfig
 from megatron_zj.data.batch import Rows
@@ -57,7 +57,7 @@ class PPORoles:
     reward: Role
 
 
-class PPO:
+class PPO(Resumable):
     """The algorithm.  ``rollout`` turns prompts into samples on the actor's shards."""
 
     def __init__(
@@ -76,7 +76,7 @@ class PPO:
         adaptive = config.kl_controller == "adaptive"
         self.kl = KLController(config.kl_coef, config.kl_target if adaptive else None, config.kl_horizon)
         self.health = Health(config.health, config.kl_target, speaks=world.rank == 0)
-        self.num_steps_done = 0
+        super().__init__(prompts=prompts, shaping=shaping, kl=self.kl, health=self.health)
 
     @property
     def roles(self) -> dict[str, Role]:
@@ -120,7 +120,7 @@ class PPO:
                 "old_values": old_values,
                 "advantages": self._whitened(advantages, mask),
                 "returns": returns,
-                **aggregation_fields(mask, config.aggregation),
+                **aggregation_fields(mask, config.aggregation, old.values.dtype),
             }
         )
         metrics |= describe_samples(local, raw, scores) | describe_policy(local, old, ref)
@@ -167,21 +167,3 @@ class PPO:
         _, error = mean_and_deviation(world_sum(masked_sums(returns.values - values.values, mask.values)))
         _, whole = mean_and_deviation(world_sum(masked_sums(returns.values, mask.values)))
         return {"explained_variance": 1.0 - (error / max(whole, 1e-8)) ** 2}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything but the models.  Samples are keyed by the step and their id, so no other randomness is left."""
-        return {
-            "num_steps_done": self.num_steps_done,
-            "prompts": self.prompts.state_dict(),
-            "shaping": self.shaping.state_dict(),
-            "kl": self.kl.state_dict(),
-            "health": self.health.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undo ``state_dict``."""
-        self.num_steps_done = state["num_steps_done"]
-        self.prompts.load_state_dict(state["prompts"])
-        self.shaping.load_state_dict(state["shaping"])
-        self.kl.load_state_dict(state["kl"])
-        self.health.load_state_dict(state["health"])

@@ -27,6 +27,7 @@ from megatron_zj.algorithms.experience import (
 )
 from megatron_zj.algorithms.health import Health
 from megatron_zj.algorithms.pretrain import NextToken
+from megatron_zj.algorithms.resumable import Resumable
 from megatron_zj.algorithms.shaping import Shaping
 from megatron_zj.config.algorithm import RejectionConfig
 from megatron_zj.data.batch import Batch
@@ -39,7 +40,7 @@ from megatron_zj.runtime.seed import keyed_generator
 from megatron_zj.runtime.timers import Timers
 
 
-class BestOfN:
+class BestOfN(Resumable):
     """Sample, keep the best answer to each prompt, SFT, repeat."""
 
     def __init__(
@@ -56,7 +57,7 @@ class BestOfN:
         self.config, self.roles, self.prompts, self.rollout = config, roles, prompts, rollout
         self.world, self.seed, self.timers, self.shaping = world, seed, timers, shaping
         self.health = Health(config.health, None, speaks=world.rank == 0)
-        self.num_steps_done = 0
+        super().__init__(prompts=prompts, shaping=shaping, health=self.health)
 
     def step(self) -> Metrics:
         """One iteration."""
@@ -94,24 +95,8 @@ class BestOfN:
             updates.append(self.roles["actor"].update(objective, best, ids).wait())
         return prefixed("actor/", averages(updates))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything but the models."""
-        return {
-            "num_steps_done": self.num_steps_done,
-            "prompts": self.prompts.state_dict(),
-            "shaping": self.shaping.state_dict(),
-            "health": self.health.state_dict(),
-        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undo ``state_dict``."""
-        self.num_steps_done = state["num_steps_done"]
-        self.prompts.load_state_dict(state["prompts"])
-        self.shaping.load_state_dict(state["shaping"])
-        self.health.load_state_dict(state["health"])
-
-
-class BestOfAll:
+class BestOfAll(Resumable):
     """Score all dialogues, keep the global best, SFT on them."""
 
     def __init__(
@@ -125,7 +110,7 @@ class BestOfAll:
     ) -> None:
         self.config, self.roles, self.dialogues = config, roles, dialogues
         self.world, self.seed, self.timers = world, seed, timers
-        self.num_steps_done = 0
+        super().__init__(dialogues=dialogues)
         self.kept: list[tuple[int, float]] = []  # (draw, score), best first
         self._rows: WorldBatch | None = None
         self._ids: list[int] = []  # of each kept draw, its global row id in _rows
@@ -196,17 +181,12 @@ class BestOfAll:
         return scores
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps done and which dialogues were kept, with their scores."""
-        return {
-            "num_steps_done": self.num_steps_done,
-            "kept": [list(entry) for entry in self.kept],
-            "dialogues": self.dialogues.state_dict(),
-        }
+        """Which dialogues were kept, with their scores, too."""
+        return super().state_dict() | {"kept": [list(entry) for entry in self.kept]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undo ``state_dict``; the rows are read again, their scores are not computed again."""
-        self.num_steps_done = state["num_steps_done"]
-        self.dialogues.load_state_dict(state["dialogues"])
+        super().load_state_dict(state)
         self.kept, self._rows = [(int(draw), float(score)) for draw, score in state["kept"]], None
 
 

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_zj.algorithms.functional import wins
 from megatron_zj.config.model import Want
 from megatron_zj.data.batch import GROUP
 from megatron_zj.data.packing import PackedBatch
@@ -45,7 +46,7 @@ class RankedGroups:
 
     def __call__(self, outputs: dict[str, Tensor], batch: PackedBatch) -> LossTerms:
         per_token = self.loss == "per_token"
-        scores_R = (outputs["values"][batch.last] if per_token else outputs["scores"]).float()
+        scores_R = outputs["values"][batch.last] if per_token else outputs["scores"]
         better, worse = _pairs(batch)
         _, slot_R = torch.unique(batch.per_row[GROUP].to(scores_R.device), return_inverse=True)
         pairs_of_group = torch.bincount(slot_R[better], minlength=int(slot_R.max()) + 1 if len(slot_R) else 0)
@@ -55,7 +56,7 @@ class RankedGroups:
         else:
             gap_P = (batch.per_row["rank"][worse] - batch.per_row["rank"][better]).to(scores_R)
             if per_token:
-                terms_P = _per_token(outputs["values"].float(), batch, better, worse, self.margin * gap_P)
+                terms_P = _per_token(outputs["values"], batch, better, worse, self.margin * gap_P)
             else:
                 terms_P = -torch.nn.functional.logsigmoid(margin_P - self.margin * gap_P)
             share_P = 1.0 / pairs_of_group[slot_R[better]].to(scores_R.dtype)
@@ -65,14 +66,14 @@ class RankedGroups:
             sums = torch.zeros(len(rows_of_group), dtype=scores_R.dtype, device=scores_R.device)
             means = sums.index_add(0, slot_R, scores_R) / rows_of_group
             loss = loss + self.centering * (means.square() * (pairs_of_group > 0)).sum()
-        longer_P = _lengths(batch, scores_R)[better] > _lengths(batch, scores_R)[worse]
+        lengths_R = torch.tensor(batch.lengths, device=scores_R.device, dtype=scores_R.dtype)
         kept = scores_R.detach()
         return LossTerms(
             loss,
             {
                 "pairs": scores_R.new_tensor(float(len(better))),
-                "pairs_right": (margin_P > 0).sum().to(scores_R.dtype),
-                "pairs_longer_wins": longer_P.sum().to(scores_R.dtype),
+                "pairs_right": wins(margin_P.detach()).sum(),
+                "pairs_longer_wins": wins(lengths_R[better] - lengths_R[worse]).sum(),
                 "pair_margin": margin_P.detach().sum(),
                 "rows": scores_R.new_tensor(float(len(kept))),
                 "score_sum": kept.sum(),
@@ -87,7 +88,7 @@ class RankedGroups:
         kept = {name: value for name, value in metrics.items() if name not in _SUMS}
         return kept | {
             "pair_accuracy": metrics["pairs_right"] / pairs,
-            "longer_wins_accuracy": metrics["pairs_longer_wins"] / pairs,
+            "longer_wins": metrics["pairs_longer_wins"] / pairs,
             "margin": metrics["pair_margin"] / pairs,
             "score_mean": mean,
             "score_deviation": max(metrics["score_squares"] / rows - mean * mean, 0.0) ** 0.5,
@@ -140,7 +141,3 @@ def _per_token(values_T: Tensor, batch: PackedBatch, better: Tensor, worse: Tens
 def _held(values: Tensor, length: int) -> Tensor:
     """``values`` with its last entry repeated up to ``length``."""
     return torch.cat([values, values[-1:].expand(length - len(values))])
-
-
-def _lengths(batch: PackedBatch, like: Tensor) -> Tensor:
-    return torch.tensor(batch.lengths, device=like.device)

@@ -54,7 +54,7 @@ class Shaping:
             )
         scores_R = self._scaled(raw_scores_R)
         if self.rules:
-            scores_R = scores_R + torch.tensor([self._rule_rewards(answer) for answer in self._answers(samples)])
+            scores_R = scores_R + scores_R.new_tensor([self._rule_rewards(answer) for answer in self._answers(samples)])
         if config.score_clip is not None:
             scores_R = scores_R.clamp(-config.score_clip, config.score_clip)
         scores_R = config.score_sign * scores_R

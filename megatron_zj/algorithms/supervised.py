@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from megatron_zj.algorithms.provenance import head_checksum
+from megatron_zj.algorithms.resumable import Resumable
 from megatron_zj.data.stream import Stream
 from megatron_zj.engine.objective import Metrics, Objective
 from megatron_zj.roles.role import Role
@@ -20,7 +21,7 @@ class SupervisedObjective(Objective, Protocol):
         """Metrics by the global weight, made readable."""
 
 
-class Supervised:
+class Supervised(Resumable):
     """One optimizer step a step, on the next ``batch_size`` units (rows, or ranked groups) of the stream."""
 
     def __init__(
@@ -43,7 +44,7 @@ class Supervised:
         self.timers = timers
         self.validation = validation
         self.proves_head = proves_head
-        self.num_steps_done = 0
+        super().__init__(stream=stream)
         self.validation_metrics: Metrics = {}
 
     @property
@@ -81,19 +82,13 @@ class Supervised:
         return self.validation_metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps done, the stream's place, and what the last validation said (PPO reads the scores' scale there)."""
+        """What the last validation said (PPO reads the scores' scale there), and the head's checksum, too."""
         head = {"head": head_checksum(self.role)} if self.proves_head else {}
-        return {
-            "num_steps_done": self.num_steps_done,
-            "stream": self.stream.state_dict(),
-            "validation": self.validation_metrics,
-            **head,
-        }
+        return super().state_dict() | {"validation": self.validation_metrics, **head}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undo ``state_dict``."""
-        self.num_steps_done = state["num_steps_done"]
-        self.stream.load_state_dict(state["stream"])
+        super().load_state_dict(state)
         self.validation_metrics = state["validation"]
 
 

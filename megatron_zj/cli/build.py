@@ -115,7 +115,7 @@ def build_roles(config: RunConfig, process: Process, *, resumes: bool) -> dict[s
         process.world_size,
         config.run.timeout_seconds,
     )
-    exchange = Exchange()
+    exchange = Exchange(process.activity)
     updates = derived.optimizer_steps(config)
     roles = {}
     for name, kind in config.algorithm.role_kinds.items():

@@ -92,7 +92,7 @@ class LoadedModel:
         )
         if not untrained:
             load(folder, {name: engine}, weights_only=True)
-        self.role = Role(name, placement, engine, Exchange())
+        self.role = Role(name, placement, engine, Exchange(process.activity))
 
     def continuations(
         self,

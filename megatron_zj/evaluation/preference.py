@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+import torch
+
+from megatron_zj.algorithms.functional import wins
 from megatron_zj.evaluation.metrics import Interval, bootstrap, pearson
 from megatron_zj.evaluation.model import checked
 
@@ -46,7 +49,7 @@ class PreferenceResult:
     calibration_error: float  # ECE: mean |confidence - accuracy| weighted by pairs
     reliability: list[Bin]
     score_mean: float
-    score_std: float
+    score_deviation: float
 
 
 def grouped(scores: Sequence[float], ranks: Sequence[Sequence[float]], lengths: Sequence[int]) -> list[RankedScores]:
@@ -78,8 +81,8 @@ def rate(groups: Sequence[RankedScores], num_bins: int = 10) -> PreferenceResult
                 continue
             better, worse = (one, two) if group.ranks[one] < group.ranks[two] else (two, one)
             difference = group.scores[better] - group.scores[worse]
-            right.append(_half(difference))
-            longer.append(_half(group.lengths[better] - group.lengths[worse]))
+            right.append(_wins(difference))
+            longer.append(_wins(group.lengths[better] - group.lengths[worse]))
             confidences.append(1 / (1 + math.exp(-min(abs(difference), 700.0))))
             gaps.setdefault(group.ranks[worse] - group.ranks[better], []).append(right[-1])
         if len(right) > first:
@@ -101,7 +104,7 @@ def rate(groups: Sequence[RankedScores], num_bins: int = 10) -> PreferenceResult
         calibration_error=sum(one.num_pairs * abs(one.confidence - one.accuracy) for one in bins) / len(right),
         reliability=bins,
         score_mean=mean,
-        score_std=math.sqrt(_mean([(score - mean) ** 2 for score in scores])),
+        score_deviation=math.sqrt(_mean([(score - mean) ** 2 for score in scores])),
     )
 
 
@@ -129,8 +132,8 @@ def _within(groups: Sequence[RankedScores]) -> float:
     return pearson(scores, lengths)
 
 
-def _half(difference: float) -> float:
-    return 0.5 if difference == 0 else float(difference > 0)
+def _wins(difference: float) -> float:
+    return float(wins(torch.tensor(difference)))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -3,6 +3,9 @@
 Rows travel point to point, from the one rank that holds them to the ranks that want them, as raw bytes on the CPU.
 Nothing is negotiated: every rank knows all lengths and types beforehand, posts its sends and receives, and waits only
 when it needs the rows.  Calls are numbered alike on every rank, and the number is the message tag.
+
+A role call posts its rows at once and computes later, when the first answer is asked for.  Computing at once would let
+a rank send the rows of the next call only after its own work, and the placement that waits for them would stand idle.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_zj.data.batch import Batch, Rows
+from megatron_zj.runtime.activity import Activity
 
 T = TypeVar("T")
 Fields = Mapping[str, Rows | Tensor]
@@ -70,32 +74,31 @@ def from_fields(fields: Fields) -> Batch:
     return Batch(tokens, per_token, per_row)  # type: ignore[arg-type]
 
 
-class Transfer:
-    """Rows under way to this rank."""
-
-    def __init__(self, works: list[dist.Work], received: dict[int, tuple[list[int], Tensor]]) -> None:
-        self._works = works
-        self._received = received
-
-    def wait(self) -> dict[int, tuple[list[int], Tensor]]:
-        """Wait for the bytes: source rank -> (row ids, bytes)."""
-        for work in self._works:
-            work.wait()
-        self._works = []
-        return self._received
-
-
 class Exchange:
-    """Numbers the calls and keeps buffers alive until they have left."""
+    """Numbers the calls of a run's roles, keeps buffers alive until they have left, and work until it is wanted.
 
-    def __init__(self) -> None:
+    ``activity``: where the calls say what this rank is doing.
+    """
+
+    def __init__(self, activity: Activity | None = None) -> None:
+        self.activity = activity or Activity()
         self._num_calls = 0
         self._sending: deque[tuple[int, dist.Work, Tensor]] = deque()
+        self._jobs: deque[Callable[[], None]] = deque()
 
     def next_tag(self) -> int:
         """A message tag nobody used; the same on all ranks, because all ranks make the same calls."""
         self._num_calls += 1
         return self._num_calls % 2**24
+
+    def later(self, job: Callable[[], None]) -> None:
+        """Keep this rank's part of a role call for ``catch_up``."""
+        self._jobs.append(job)
+
+    def catch_up(self) -> None:
+        """Compute everything that was called so far, in the order of the calls."""
+        while self._jobs:
+            self._jobs.popleft()()
 
     def send(self, payload: Tensor, rank: int, tag: int) -> None:
         """Post a send; the buffer is kept until it is gone.
@@ -115,48 +118,68 @@ class Exchange:
 
     def move(
         self,
-        fields: Fields | None,
         types: Sequence[FieldType],
         lengths: Sequence[int],
         source: Sequence[Sequence[int]],
         target: Sequence[Sequence[int]],
-    ) -> Pending[dict[str, Rows | Tensor]]:
+    ) -> Transfer:
         """Start moving rows.  Collective over the world, returns at once.
 
-        ``source[r]``: row ids that rank r holds in ``fields`` (in that order) and sends; each wanted row is in exactly
-        one.  ``target[r]``: row ids that rank r wants, in the order it gets them.  ``lengths``: by row id.
+        ``source[r]``: row ids that rank r will ``send``, in that order; each wanted row is in exactly one.
+        ``target[r]``: row ids that rank r wants, in the order it gets them.  ``lengths``: by row id.
         """
-        rank, tag = dist.get_rank(), self.next_tag()
-        owner = {row: sender for sender, rows in enumerate(source) for row in rows}
-        mine: dict[int, dict[str, Tensor]] = {}
-        if fields is not None and source[rank]:
-            mine = _rows_by_id(fields, source[rank])
-        for taker, rows in enumerate(target):
-            held = [row for row in rows if owner[row] == rank]
-            if taker != rank and held:
-                self.send(_encode(mine, held, types), taker, tag)
-        works, received = [], {}
+        return Transfer(self, self.next_tag(), types, lengths, source, target)
+
+
+class Transfer:
+    """Rows under way.  Receives are posted when it is made; ``send`` gives this rank's rows, ``wait`` what it wants."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        tag: int,
+        types: Sequence[FieldType],
+        lengths: Sequence[int],
+        source: Sequence[Sequence[int]],
+        target: Sequence[Sequence[int]],
+    ) -> None:
+        self._exchange, self._tag, self._types, self._lengths = exchange, tag, types, lengths
+        self._rank, self._source, self._target = dist.get_rank(), source, target
+        self._owner = {row: sender for sender, rows in enumerate(source) for row in rows}
+        self._mine: dict[int, dict[str, Tensor]] = {}
+        self._works: list[dist.Work] = []
+        self._received: list[tuple[list[int], Tensor]] = []
         for sender in range(len(source)):
-            wanted = [row for row in target[rank] if owner[row] == sender]
-            if sender == rank or not wanted:
+            wanted = [row for row in target[self._rank] if self._owner[row] == sender]
+            if sender == self._rank or not wanted:
                 continue
-            buffer = torch.empty(
-                sum(kind.num_bytes(lengths[row]) for row in wanted for kind in types), dtype=torch.uint8
-            )
+            size = sum(kind.num_bytes(lengths[row]) for row in wanted for kind in types)
+            buffer = torch.empty(size, dtype=torch.uint8)
             work = dist.irecv(buffer, sender, tag=tag)
             if work is not None:
-                works.append(work)
-            received[sender] = (wanted, buffer)
-        transfer = Transfer(works, received)
-        order = list(target[rank])
+                self._works.append(work)
+            self._received.append((wanted, buffer))
 
-        def finish() -> dict[str, Rows | Tensor]:
-            found = {row: mine[row] for row in order if row in mine}
-            for rows, payload in transfer.wait().values():
-                found.update(_decode(payload, rows, types, lengths))
-            return _assemble([found[row] for row in order], types)
+    def send(self, fields: Fields) -> Transfer:
+        """Give the rows that ``source`` says this rank holds; returns at once."""
+        if self._source[self._rank]:
+            self._mine = _rows_by_id(fields, self._source[self._rank])
+        for taker, rows in enumerate(self._target):
+            held = [row for row in rows if self._owner[row] == self._rank]
+            if taker != self._rank and held:
+                self._exchange.send(_encode(self._mine, held, self._types), taker, self._tag)
+        return self
 
-        return Pending(finish)
+    def wait(self) -> dict[str, Rows | Tensor]:
+        """Wait for the bytes: the wanted rows, in order.  Once."""
+        for work in self._works:
+            work.wait()
+        order = self._target[self._rank]
+        found = {row: self._mine[row] for row in order if row in self._mine}
+        for rows, payload in self._received:
+            found.update(_decode(payload, rows, self._types, self._lengths))
+        self._works, self._received, self._mine = [], [], {}
+        return _assemble([found[row] for row in order], self._types)
 
 
 class Pending(Generic[T]):

@@ -1,14 +1,16 @@
 """A role: one model of an algorithm, on its placement.
 
-Every method is collective over the world and returns a ``Pending`` whose rows or metrics are waited for at first use.
-A rank outside the placement only takes part in the exchange, so an algorithm reads the same whether its roles share
-their ranks or not, and two placements compute at the same time.
+Every method is collective over the world and returns a ``Pending``, which must be waited for: rows leave at the call,
+and the first ``wait`` of any handle computes all calls made so far, in their order.  A rank outside a role's placement
+only takes part in the exchange.  So an algorithm reads the same whether its roles share their ranks or not, and two
+placements compute at the same time.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,9 +20,11 @@ from megatron_zj.config.model import Want
 from megatron_zj.data.batch import Batch, Rows
 from megatron_zj.engine.engine import Engine
 from megatron_zj.engine.objective import Metrics, Objective
-from megatron_zj.roles.exchange import Exchange, FieldType, Pending, field_types, from_fields, to_fields
+from megatron_zj.roles.exchange import Exchange, FieldType, Pending, Transfer, field_types, from_fields, to_fields
 from megatron_zj.roles.placement import Placement
 from megatron_zj.roles.world import WorldBatch
+
+T = TypeVar("T")
 
 
 class Role:
@@ -34,77 +38,101 @@ class Role:
         if engine is not None:
             placement.engines.append(engine)
 
-    def _ready(self) -> Engine | None:
-        """The engine, in device memory; under ``offload_idle`` its neighbours on this rank make room."""
-        if self.engine is not None and self.engine.config.offload_idle:
-            for neighbour in self.placement.engines:
-                if neighbour is not self.engine:
-                    neighbour.offload()
-        return self.engine
-
     def infer(self, want: Want, batch: WorldBatch, temperature: float = 1.0) -> Pending[Rows | Tensor]:
         """What the head gives, laid out as ``batch``: token-aligned Rows, or a [rows] tensor of scores."""
         shards = balance(batch.units(), batch.row_lengths, len(self.placement.shards))
-        local = self._to_shards(batch, shards)
-        answer, engine = None, self._ready()
-        if engine is not None and local is not None:
-            answer = engine.infer((want,), local, temperature=temperature)
-        kind = FieldType(want, torch.float32, ragged=want != "scores")
+        coming = self._to_shards(batch, shards)
         source: list[Sequence[int]] = [[] for _ in range(dist.get_world_size())]
         for rank, rows in zip(self.placement.answering_ranks, shards, strict=True):
             source[rank] = rows
-        home = self.exchange.move(
-            None if answer is None else {want: answer[want]}, (kind,), batch.row_lengths, source, batch.home
-        )
-        return Pending(lambda: home.wait()[want])
+        kind = FieldType(want, torch.float32, ragged=want != "scores")
+        home = self.exchange.move((kind,), batch.row_lengths, source, batch.home)
+
+        def compute(engine: Engine, rows: Batch) -> None:
+            answer = engine.infer((want,), rows, temperature=temperature)
+            if answer is not None:
+                home.send({want: answer[want]})
+
+        return self._later("infer", coming, compute, lambda: home.wait()[want])
 
     def update(self, objective: Objective, batch: WorldBatch, row_ids: Sequence[int] | None = None) -> Pending[Metrics]:
         """One optimizer step on the given rows (all of them by default)."""
-        return self._measure(lambda engine, rows: engine.update(objective, rows), batch, row_ids)
+        return self._measure("update", lambda engine, rows: engine.update(objective, rows), batch, row_ids)
 
     def evaluate(self, objective: Objective, batch: WorldBatch) -> Pending[Metrics]:
         """The objective's metrics on all rows, without learning."""
-        return self._measure(lambda engine, rows: engine.evaluate(objective, rows), batch, None)
+        return self._measure("evaluate", lambda engine, rows: engine.evaluate(objective, rows), batch, None)
 
     def generate(self, sample: Callable[[Engine, Batch], Batch], prompts: WorldBatch) -> WorldBatch:
-        """``sample`` on every shard's prompts; the samples go home in the order of the prompts."""
+        """``sample`` on every shard's prompts; the samples go home in the order of the prompts.  Computes at once."""
         shards = balance(prompts.units(), prompts.row_lengths, len(self.placement.shards))
-        local = self._to_shards(prompts, shards)
-        engine = self._ready()
-        samples = None if engine is None or local is None else sample(engine, local)
-        return self._samples_home(samples, shards, prompts)
+        coming = self._to_shards(prompts, shards)
+        self.exchange.catch_up()
+        samples: list[Batch] = []
+        if self.engine is not None:
+            self._run("generate", coming, lambda engine, rows: samples.append(sample(engine, rows)))
+        with self.exchange.activity.doing(f"samples of {self.name}"):
+            return self._samples_home(samples[0] if samples else None, shards, prompts)
 
-    def _to_shards(self, batch: WorldBatch, shards: Sequence[Sequence[int]]) -> Batch | None:
-        """This rank's shard's rows; None outside the placement."""
+    def _to_shards(self, batch: WorldBatch, shards: Sequence[Sequence[int]]) -> Transfer:
+        """Every shard's rows on all its ranks."""
         target: list[Sequence[int]] = [[] for _ in range(dist.get_world_size())]
         for ranks, rows in zip(self.placement.shards, shards, strict=True):
             for rank in ranks:
                 target[rank] = rows
         fields = to_fields(batch.local)
-        moved = self.exchange.move(fields, field_types(fields), batch.row_lengths, batch.home, target)
-        return None if self.engine is None else from_fields(moved.wait())
+        return self.exchange.move(field_types(fields), batch.row_lengths, batch.home, target).send(fields)
+
+    def _run(self, call: str, coming: Transfer, compute: Callable[[Engine, Batch], None]) -> None:
+        """This rank's part of a call, under the phases that another rank's report names."""
+        assert self.engine is not None
+        activity = self.exchange.activity
+        with activity.doing(f"rows for {self.name}.{call}"):
+            rows = from_fields(coming.wait())
+        if self.engine.config.offload_idle:  # its neighbours on this rank make room
+            for neighbour in self.placement.engines:
+                if neighbour is not self.engine:
+                    neighbour.offload()
+        with activity.doing(f"{self.name}.{call}"):
+            compute(self.engine, rows)
+
+    def _later(
+        self, call: str, coming: Transfer, compute: Callable[[Engine, Batch], None], answer: Callable[[], T]
+    ) -> Pending[T]:
+        """The handle of a call whose rows are under way; see ``Exchange.catch_up``."""
+        if self.engine is not None:
+            self.exchange.later(lambda: self._run(call, coming, compute))
+
+        def finish() -> T:
+            self.exchange.catch_up()
+            with self.exchange.activity.doing(f"answer of {self.name}.{call}"):
+                return answer()
+
+        return Pending(finish)
 
     def _measure(
-        self, call: Callable[[Engine, Batch], Metrics], batch: WorldBatch, row_ids: Sequence[int] | None
+        self,
+        call: str,
+        measure: Callable[[Engine, Batch], Metrics],
+        batch: WorldBatch,
+        row_ids: Sequence[int] | None,
     ) -> Pending[Metrics]:
+        """Metrics on the placement's ranks, told by its first one to the ranks outside."""
         shards = balance(batch.units(row_ids), batch.row_lengths, len(self.placement.shards))
-        local = self._to_shards(batch, shards)
-        engine = self._ready()
-        metrics = None if engine is None or local is None else call(engine, local)
-        return self._tell_everyone(metrics)
+        coming, tag = self._to_shards(batch, shards), self.exchange.next_tag()
+        inside, found = self.placement.grid.ranks, [Metrics()]
 
-    def _tell_everyone(self, metrics: Metrics | None) -> Pending[Metrics]:
-        """Metrics from the placement's first rank to the ranks outside it."""
-        tag, first, rank = self.exchange.next_tag(), self.placement.grid.ranks[0], dist.get_rank()
-        if metrics is None:
-            return Pending(lambda: _receive_json(first, tag))
-        if rank == first:
-            payload = torch.frombuffer(bytearray(json.dumps(metrics).encode()), dtype=torch.uint8)
-            for other in range(dist.get_world_size()):
-                if other not in self.placement.grid.ranks:
-                    self.exchange.send(torch.tensor([payload.numel()]), other, tag)
-                    self.exchange.send(payload, other, tag)
-        return Pending(lambda: metrics)
+        def compute(engine: Engine, rows: Batch) -> None:
+            found[0] = measure(engine, rows)
+            if dist.get_rank() == inside[0]:
+                payload = torch.frombuffer(bytearray(json.dumps(found[0]).encode()), dtype=torch.uint8)
+                for other in range(dist.get_world_size()):
+                    if other not in inside:
+                        self.exchange.send(torch.tensor([payload.numel()]), other, tag)
+                        self.exchange.send(payload, other, tag)
+
+        outside = self.engine is None
+        return self._later(call, coming, compute, lambda: _receive_json(inside[0], tag) if outside else found[0])
 
     def _samples_home(self, samples: Batch | None, shards: Sequence[Sequence[int]], prompts: WorldBatch) -> WorldBatch:
         """Samples to their prompts' home ranks.  Their lengths are news, so this one is a real collective."""
@@ -124,8 +152,8 @@ class Role:
             source[rank], known = rows, told[1]
             for row, length in zip(rows, told[0], strict=True):
                 lengths[row] = length
-        fields = to_fields(samples) if samples is not None and answers else None
-        local = from_fields(self.exchange.move(fields, known, lengths, source, prompts.home).wait())
+        home = self.exchange.move(known, lengths, source, prompts.home)
+        local = from_fields((home.send(to_fields(samples)) if samples is not None and answers else home).wait())
         by_rank = tuple(tuple(lengths[row] for row in rows) for rows in prompts.home)
         return WorldBatch(local, by_rank, prompts.groups)
 

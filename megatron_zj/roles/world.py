@@ -94,9 +94,9 @@ def world_sum(values: Tensor) -> Tensor:
 
 
 def world_max(value: float) -> float:
-    """The largest ``value`` of all ranks."""
+    """The largest ``value`` of all ranks; of a process without a group, its own."""
     largest = torch.tensor(value, dtype=torch.float64)
-    if dist.get_world_size() > 1:
+    if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return float(largest)
 

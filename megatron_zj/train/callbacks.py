@@ -14,6 +14,7 @@ from megatron_zj.checkpoint.save import Checkpointer, Saveable
 from megatron_zj.config.checkpoint import CheckpointConfig
 from megatron_zj.engine.objective import Metrics
 from megatron_zj.engine.totals import NonFiniteError
+from megatron_zj.roles.world import gather_in_order, world_max
 from megatron_zj.runtime.log import step_line
 from megatron_zj.runtime.memory import peak_memory_mib
 from megatron_zj.runtime.metrics import MetricsLog
@@ -84,10 +85,13 @@ class Measure:
             if self._peak_flops and self._flops_per_token and "sequence_length" in metrics:
                 flops = self._flops_per_token(metrics["sequence_length"])
                 metrics["mfu"] = metrics["tokens_per_second"] * flops / self._peak_flops
-        metrics["memory/peak_mib"] = peak_memory_mib(self._device)
+        metrics["memory/peak_mib"] = world_max(peak_memory_mib(self._device))
 
     def on_end(self, completed: bool) -> None:
-        """Nothing."""
+        """Every rank's peak, to the log.  Collective over the world."""
+        if completed:
+            peaks = gather_in_order([round(peak_memory_mib(self._device))])
+            logger.info("peak memory by rank, MiB: %s", " ".join(str(peak) for peak in peaks))
 
 
 class Report:

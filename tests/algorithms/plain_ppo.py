@@ -12,16 +12,16 @@ from torch import Tensor
 from megatron_zj.config.algorithm import PPOConfig, SamplingConfig
 from megatron_zj.rollout.sampling import draw, sample_noise
 from megatron_zj.runtime.seed import keyed_generator
+from tests.algorithms.plain_optimizer import adamw, apply_gradients
 from tests.algorithms.ppo_world import (
     HEADS,
     ITERATIONS,
     MODEL,
-    OPTIM,
-    PROBE,
     PROMPTS,
     RUN_SEED,
     SCALE,
     STOP,
+    History,
     decode,
     initial_weights,
 )
@@ -31,7 +31,7 @@ Row = dict[str, Any]
 
 
 class PlainPPO:
-    """One configuration; ``run`` gives metrics by iteration, and last the probe's values."""
+    """One configuration; ``run`` gives what an iteration measured and sampled, and last the weights."""
 
     def __init__(self, config: PPOConfig, dtype: torch.dtype = torch.float32) -> None:
         self.config = config
@@ -43,14 +43,11 @@ class PlainPPO:
         self.kl_coef = config.kl_coef
         self.all_scores: list[float] = []
 
-    def run(self) -> list[dict[str, float]]:
+    def run(self) -> History:
         history = [self._iterate(iteration) for iteration in range(ITERATIONS)]
-        with torch.no_grad():
-            final = {f"actor/{i}": float(v) for i, v in enumerate(self.models["actor"].outputs(PROBE, "logprobs"))}
-            final |= {f"critic/{i}": float(v) for i, v in enumerate(self.models["critic"].outputs(PROBE, "values"))}
-        return [*history, final]
+        return [*history, weights_of(self.models, ("actor", "critic"))]
 
-    def _iterate(self, iteration: int) -> dict[str, float]:
+    def _iterate(self, iteration: int) -> dict[str, Any]:
         config = self.config
         rows = [
             collect_row(self.models, config.sampling, iteration, sample)
@@ -58,7 +55,7 @@ class PlainPPO:
         ]
         self._score(rows)
         self._advantages(rows)
-        metrics = report(rows) | {"kl_coef": self.kl_coef}
+        metrics: dict[str, Any] = report(rows) | {"kl_coef": self.kl_coef}
         updates: list[dict[str, float]] = []
         stopped = iteration < config.critic_warmup_steps
         for epoch in range(config.epochs):
@@ -135,6 +132,11 @@ class PlainPPO:
         return found
 
 
+def weights_of(models: dict[str, ReferenceLlama], names: Sequence[str]) -> dict[str, Tensor]:
+    """Every tensor of these models: ``actor/model.norm.weight``."""
+    return {f"{name}/{key}": value.detach() for name in names for key, value in models[name].named_parameters()}
+
+
 def samples_of(iteration: int, prompts: int, copies: int) -> list[tuple[int, list[int]]]:
     """Sample ids and prompts of an iteration."""
     return [
@@ -168,18 +170,19 @@ def collect_row(
     return found
 
 
-def report(rows: Sequence[Row]) -> dict[str, float]:
-    """Of an iteration's samples."""
+def report(rows: Sequence[Row]) -> dict[str, Any]:
+    """Of an iteration's samples, and themselves."""
     tokens = sum(len(row["old"]) for row in rows)
     lengths = torch.tensor([float(len(row["old"])) for row in rows], dtype=torch.float64)
     raw = torch.tensor([row["raw"] for row in rows], dtype=torch.float64)
-    found = {
+    found: dict[str, Any] = {
         "score": sum(row["raw"] for row in rows) / len(rows),
         "score_scaled": sum(row["score"] for row in rows) / len(rows),
         "response_length": tokens / len(rows),
         "truncated": sum(row["truncated"] for row in rows) / len(rows),
         "length_correlation": float(torch.corrcoef(torch.stack([lengths, raw]))[0, 1]),
         "tokens": float(tokens),
+        "samples": [row["tokens"].tolist() for row in rows],
     }
     if "ref" in rows[0]:
         kl = sum(float((row["old"] - row["ref"]).sum()) for row in rows)
@@ -266,21 +269,4 @@ def step_optimizer(model: ReferenceLlama, optimizer: torch.optim.AdamW, loss: Te
     """Gradient norm and learning rate of the step."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_grad))
-    rate = OPTIM.lr * min(1.0, (step + 1) / OPTIM.warmup_steps)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    return norm, rate
-
-
-def adamw(model: ReferenceLlama) -> torch.optim.AdamW:
-    """The run's optimizer: no decay of vectors."""
-    decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    others = [parameter for parameter in model.parameters() if parameter.dim() == 1]
-    return torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": OPTIM.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        betas=(OPTIM.beta1, OPTIM.beta2),
-        eps=OPTIM.eps,
-        foreach=False,
-    )
+    return apply_gradients(model, optimizer, step)

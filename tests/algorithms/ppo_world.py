@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_zj.algorithms.ppo import PPO, PPORoles
 from megatron_zj.algorithms.shaping import ScoreScale, Shaping
 from megatron_zj.config.algorithm import PPOConfig, SamplingConfig
 from megatron_zj.config.model import HeadKind, ModelConfig
-from megatron_zj.config.optim import EngineConfig, OptimConfig
-from megatron_zj.config.parallel import ParallelConfig, PlacementConfig
 from megatron_zj.data.batch import Batch, Rows
 from megatron_zj.engine.build import build_engine
-from megatron_zj.models.canonical import canonical_tensors, initial_tensor
+from megatron_zj.engine.objective import Metrics
+from megatron_zj.models.canonical import canonical_tensors, initial_tensor, read_stage
 from megatron_zj.roles.exchange import Exchange
 from megatron_zj.roles.placement import build_placements
 from megatron_zj.roles.role import Role
-from megatron_zj.roles.world import World, WorldBatch
+from megatron_zj.roles.world import World, WorldBatch, gather_in_order
 from megatron_zj.rollout.generate import Rollout
+from megatron_zj.runtime.activity import Activity
 from megatron_zj.runtime.timers import Timers
+from tests.algorithms.float64_role import Float64Role, Float64Rollout
+from tests.algorithms.layouts import Layout
+from tests.algorithms.plain_optimizer import OPTIM
 
 MODEL = ModelConfig(
     vocab_size=60,
@@ -48,13 +51,12 @@ PPO_CONFIG = PPOConfig(
     entropy_coef=0.01,
     missing_eos_penalty=0.3,
 )
-OPTIM = OptimConfig(lr=2e-3, weight_decay=0.1, clip_grad=0.5, schedule="constant", warmup_steps=1)
 SCALE = ScoreScale(0.1, 0.4)
 HEADS: dict[str, HeadKind] = {"actor": "lm", "reference": "lm", "critic": "value", "reward": "score"}
 SEEDS = {"actor": 1, "reference": 1, "critic": 2, "reward": 3}
 STOP, RUN_SEED, ITERATIONS = 17, 13, 2
 PROMPTS = [[7], [8, 9, 10], [11, 12], [13, 14, 15, 16], [17, 18], [19], [20, 21, 22], [23, 24]]
-PROBE = [torch.arange(3, 15), torch.arange(30, 37), torch.arange(40, 59)]
+History = list[dict[str, Any]]  # by iteration: numbers, and samples; last the weights
 
 
 class Prompts:
@@ -89,23 +91,25 @@ def initial_weights(role: str) -> dict[str, Tensor]:
 
 def build_roles(
     names: Iterable[str],
-    parallel: ParallelConfig,
-    engine: EngineConfig,
-    placements: dict[str, PlacementConfig],
-    where: dict[str, str],
+    layout: Layout,
     trained: Sequence[str] = ("actor", "critic"),
+    activity: Activity | None = None,
 ) -> dict[str, Role]:
-    """The framework's roles with fresh weights.  ``where``: role -> placement, "all" by default."""
-    world, exchange, host = World.current(), Exchange(), torch.device("cpu")
-    names = list(names)
-    built = build_placements(parallel, placements, {where.get(name, "all") for name in names}, world.size, 60)
+    """The framework's roles with fresh weights."""
+    if layout.float64:
+        budget = layout.engine.micro_batch_tokens
+        exact = {name: Float64Role(MODEL, HEADS[name], initial_weights(name), budget) for name in names}
+        return cast(dict[str, Role], exact)
+    world, exchange, host = World.current(), Exchange(activity), torch.device("cpu")
+    where = {name: layout.where.get(name, "all") for name in names}
+    built = build_placements(layout.parallel, layout.placements, set(where.values()), world.size, 60)
     roles = {}
-    for name in names:
-        placement = built[where.get(name, "all")]
+    for name, at in where.items():
+        placement = built[at]
         optim = OPTIM if name in trained else None
         made = None
         if placement.groups is not None:
-            made = build_engine(MODEL, HEADS[name], placement.groups, engine, optim, 100, host, SEEDS[name])
+            made = build_engine(MODEL, HEADS[name], placement.groups, layout.engine, optim, 100, host, SEEDS[name])
         roles[name] = Role(name, placement, made, exchange)
     return roles
 
@@ -115,53 +119,81 @@ def decode(ids: Sequence[int]) -> str:
     return "".join(chr(ord("A") + index) for index in ids)
 
 
-def build_ppo(config: PPOConfig, *layout: Any) -> PPO:
-    """The framework's PPO; ``layout`` as ``build_roles`` takes it."""
-    roles = build_roles(HEADS, *layout)
-    rollout = Rollout(config.sampling, frozenset({STOP}), RUN_SEED)
-    timers, shaping = Timers(torch.device("cpu")), Shaping(config, SCALE, decode)
+def build_ppo(config: PPOConfig, layout: Layout, activity: Activity | None = None) -> PPO:
+    """The framework's PPO."""
+    roles = build_roles(HEADS, layout, activity=activity)
+    rollout = build_rollout(config.sampling, layout)
+    timers, shaping = Timers(torch.device("cpu"), activity), Shaping(config, SCALE, decode)
     return PPO(config, PPORoles(**roles), Prompts(), rollout, World.current(), RUN_SEED, timers, shaping)
 
 
-def run_ppo(
-    parallel: ParallelConfig,
-    engine: EngineConfig,
-    placements: dict[str, PlacementConfig] | None = None,
-    where: dict[str, str] | None = None,
-    configs: Sequence[PPOConfig] = (PPO_CONFIG,),
-) -> list[list[dict[str, float]]]:
-    """By configuration: metrics of each iteration, and last what the final weights say about the probe."""
+def build_rollout(sampling: SamplingConfig, layout: Layout) -> Rollout:
+    """Ends at ``STOP``."""
+    return (Float64Rollout if layout.float64 else Rollout)(sampling, frozenset({STOP}), RUN_SEED)
+
+
+def run_ppo(layout: Layout, configs: Sequence[PPOConfig] = (PPO_CONFIG,)) -> list[History]:
+    """By configuration: what each iteration measured and sampled, and last the trained models' weights."""
     histories = []
     for config in configs:
-        ppo = build_ppo(config, parallel, engine, placements or {}, where or {})
-        metrics = [ppo.step() for _ in range(ITERATIONS)]
-        dist.barrier()
-        histories.append([*metrics, probe_roles(ppo.roles, {"actor": "logprobs", "critic": "values"})])
+        ppo = build_ppo(config, layout)
+        samples = watch_samples(ppo.models.actor)
+        steps = [ppo.step() for _ in range(ITERATIONS)]
+        histories.append(history_of(steps, samples, whole_weights(ppo.roles, ("actor", "critic"))))
     return histories
 
 
-def probe_roles(roles: dict[str, Role], wants: dict[str, Any]) -> dict[str, float]:
-    """What the models say about some fixed rows, by role and token."""
-    final = {}
-    for name, want in wants.items():
-        found = roles[name].infer(want, _probe()).wait()
-        assert isinstance(found, Rows)
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, found.values.tolist())
-        for index, value in enumerate([v for part in everyone for v in part]):
-            final[f"{name}/{index}"] = value
-    return final
+def history_of(steps: Sequence[Metrics], samples: Sequence[list[list[int]]], weights: dict[str, Tensor]) -> History:
+    """What two runs are compared by."""
+    found = [{**metrics, "samples": rows} for metrics, rows in zip(steps, samples, strict=True)] if samples else steps
+    return [*(dict(metrics) for metrics in found), weights]
 
 
-def _probe() -> WorldBatch:
-    mine = torch.tensor_split(torch.arange(len(PROBE)), dist.get_world_size())[dist.get_rank()].tolist()
-    return WorldBatch.gather(Batch(Rows.of([PROBE[index] for index in mine], torch.int64)))
+def watch_samples(actor: Role) -> list[list[list[int]]]:
+    """All ranks' rows that the actor generates from now on, by call."""
+    seen: list[list[list[int]]] = []
+    generate = actor.generate
+
+    def watching(*args: Any) -> WorldBatch:
+        samples = generate(*args)
+        seen.append(gather_in_order([row.tolist() for row in samples.local.tokens.split()]))
+        return samples
+
+    actor.generate = watching  # type: ignore[method-assign]
+    return seen
 
 
-def differences(found: Sequence[dict[str, float]], expected: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Relative differences (absolute below 1) of everything in ``expected``, by iteration and name."""
-    worst = {}
+def whole_weights(roles: dict[str, Role], names: Iterable[str]) -> dict[str, Tensor]:
+    """Every tensor of these models, whole, on every rank: ``actor/model.norm.weight``."""
+    whole = {}
+    for name in names:
+        role: Any = roles[name]
+        if isinstance(role, Float64Role):
+            whole |= {f"{name}/{key}": value.detach() for key, value in role.model.named_parameters()}
+            continue
+        engine, pieces = role.engine, []
+        if engine is not None:
+            engine.gather_weights()
+            if engine.groups.dp_rank == engine.groups.cp_rank == 0:
+                pieces = [(key, shard.clone()) for key, shard in read_stage(engine.chunks, engine.groups).items()]
+        everything = gather_in_order(pieces)
+        for tensor in canonical_tensors(MODEL, HEADS[name]):
+            shards = [shard for key, shard in everything if key == tensor.name]  # in the order of the tp ranks
+            whole[f"{name}/{tensor.name}"] = shards[0] if tensor.tp_dim is None else torch.cat(shards, tensor.tp_dim)
+    return whole
+
+
+def differences(found: History, expected: History, floor: float = 1.0) -> dict[str, float]:
+    """How far everything in ``expected`` is off, by iteration and name.
+
+    Numbers and tensors: the distance by the size, which counts as at least ``floor``.  Samples: 0, or infinite.
+    """
+    off = {}
     for index, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
         for name, value in theirs.items():
-            worst[f"{index}/{name}"] = abs(mine[name] - value) / max(1.0, abs(value))
-    return worst
+            if isinstance(value, list):
+                off[f"{index}/{name}"] = 0.0 if mine[name] == value else math.inf
+            else:
+                one, other = (torch.as_tensor(item, dtype=torch.float64) for item in (mine[name], value))
+                off[f"{index}/{name}"] = float((one - other).norm() / other.norm().clamp(min=floor))
+    return off

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_zj.algorithms.dpo import DPO
@@ -16,13 +15,13 @@ from megatron_zj.algorithms.reward import RankedGroups
 from megatron_zj.algorithms.supervised import Supervised
 from megatron_zj.config.algorithm import DPOConfig
 from megatron_zj.config.model import HeadKind
-from megatron_zj.config.optim import EngineConfig
-from megatron_zj.config.parallel import ParallelConfig
 from megatron_zj.data.batch import Batch, Rows
 from megatron_zj.roles.world import World
 from megatron_zj.runtime.timers import Timers
-from tests.algorithms.plain_ppo import adamw, step_optimizer
-from tests.algorithms.ppo_world import MODEL, PROBE, build_roles, initial_weights, probe_roles
+from tests.algorithms.layouts import Layout
+from tests.algorithms.plain_optimizer import adamw
+from tests.algorithms.plain_ppo import step_optimizer, weights_of
+from tests.algorithms.ppo_world import MODEL, History, build_roles, initial_weights, whole_weights
 from tests.helpers.reference_llama import ReferenceLlama
 
 # prompt, responses by rank (equal numbers: a tie)
@@ -80,53 +79,46 @@ class Rankings:
         self.position = state["position"]
 
 
-def run_reward(
-    parallel: ParallelConfig, engine: EngineConfig, losses: Sequence[dict[str, Any]]
-) -> list[list[dict[str, float]]]:
-    """By loss: each step's metrics, validation, and last the scores' weights at the probe."""
+def run_reward(layout: Layout, losses: Sequence[dict[str, Any]]) -> list[History]:
+    """By loss: each step's metrics, validation, and last the weights."""
     histories = []
     for options in losses:
-        role = build_roles(["reward"], parallel, engine, {}, {}, trained=("reward",))["reward"]
+        roles = build_roles(["reward"], layout, trained=("reward",))
         timers = Timers(torch.device("cpu"))
         algorithm = Supervised(
-            role, RankedGroups(**options), Rankings(), GROUPS_A_STEP, World.current(), timers, Rankings()
+            roles["reward"], RankedGroups(**options), Rankings(), GROUPS_A_STEP, World.current(), timers, Rankings()
         )
         history = [algorithm.step() for _ in range(STEPS)]
-        histories.append([*history, algorithm.evaluate(), probe_roles({"reward": role}, {"reward": "values"})])
+        histories.append([*history, algorithm.evaluate(), whole_weights(roles, ["reward"])])
     return histories
 
 
-def run_dpo(
-    parallel: ParallelConfig, engine: EngineConfig, configs: Sequence[DPOConfig]
-) -> list[list[dict[str, float]]]:
-    """By configuration: each step's metrics, validation, and last the probe's log-probabilities."""
+def run_dpo(layout: Layout, configs: Sequence[DPOConfig]) -> list[History]:
+    """By configuration: each step's metrics, validation, and last the weights."""
     histories = []
     for config in configs:
-        roles = build_roles(["actor", "reference"], parallel, engine, {}, {})
+        roles = build_roles(["actor", "reference"], layout)
         timers = Timers(torch.device("cpu"))
         algorithm = DPO(config, roles["actor"], roles["reference"], Rankings(), World.current(), timers, Rankings())
         history = [algorithm.step() for _ in range(STEPS)]
-        dist.barrier()
-        histories.append([*history, algorithm.evaluate(), probe_roles(roles, {"actor": "logprobs"})])
+        histories.append([*history, algorithm.evaluate(), whole_weights(roles, ["actor"])])
     return histories
 
 
 # The same in plain torch ------------------------------------------------------------------------------------------
 
 
-def plain_reward(options: dict[str, Any]) -> list[dict[str, float]]:
-    model = ReferenceLlama(MODEL, "score", state=initial_weights("reward"))
+def plain_reward(options: dict[str, Any], dtype: torch.dtype = torch.float32) -> History:
+    model = ReferenceLlama(MODEL, "score", state=initial_weights("reward"), dtype=dtype)
     optimizer = adamw(model)
-    history = []
+    history: History = []
     for step in range(STEPS):
         loss, metrics = _reward_loss(model, options, _groups(step))
         norm, rate = step_optimizer(model, optimizer, loss, step)
         history.append(metrics | {"loss": float(loss.detach()), "grad_norm": norm, "lr": rate})
     with torch.no_grad():
         loss, metrics = _reward_loss(model, options, RANKINGS)
-        values = [float(model.score(row[:end])) if end else 0.0 for row in PROBE for end in range(len(row))]
-    final = {f"reward/{index}": value for index, value in enumerate(values)}
-    return [*history, metrics | {"loss": float(loss)}, final]
+    return [*history, metrics | {"loss": float(loss)}, weights_of({"reward": model}, ["reward"])]
 
 
 def _groups(step: int) -> list[tuple[list[int], list[tuple[int, list[int]]]]]:
@@ -146,8 +138,8 @@ def _reward_loss(model: ReferenceLlama, options: dict[str, Any], groups: Any) ->
         tables = [torch.stack([model.score(row[: end + 1]) for end in range(len(row))]) for row in rows]
         scores, pairs = [table[-1] for table in tables], _ordered(responses)
         everything += [float(score.detach()) for score in scores]
-        right += [float(scores[a] > scores[b]) for a, b in pairs]
-        longer += [float(len(rows[a]) > len(rows[b])) for a, b in pairs]
+        right += [_wins(float(scores[a].detach()), float(scores[b].detach())) for a, b in pairs]
+        longer += [_wins(len(rows[a]), len(rows[b])) for a, b in pairs]
         if not pairs:
             continue
         terms = []
@@ -172,25 +164,29 @@ def _reward_loss(model: ReferenceLlama, options: dict[str, Any], groups: Any) ->
     mean = sum(everything) / len(everything)
     return torch.stack(losses).mean(), {
         "pair_accuracy": sum(right) / len(right),
-        "longer_wins_accuracy": sum(longer) / len(longer),
+        "longer_wins": sum(longer) / len(longer),
         "score_mean": mean,
         "score_deviation": math.sqrt(sum((score - mean) ** 2 for score in everything) / len(everything)),
     }
 
 
-def plain_dpo(config: DPOConfig) -> list[dict[str, float]]:
-    models = {name: ReferenceLlama(MODEL, _LM, state=initial_weights(name)) for name in ("actor", "reference")}
+def _wins(one: float, other: float) -> float:
+    return 0.5 if one == other else float(one > other)
+
+
+def plain_dpo(config: DPOConfig, dtype: torch.dtype = torch.float32) -> History:
+    names = ("actor", "reference")
+    models = {name: ReferenceLlama(MODEL, _LM, state=initial_weights(name), dtype=dtype) for name in names}
     optimizer = adamw(models["actor"])
-    history = []
+    history: History = []
     for step in range(STEPS):
         loss, metrics = _dpo_loss(models, config, _groups(step))
         norm, rate = step_optimizer(models["actor"], optimizer, loss, step)
         history.append(metrics | {"loss": float(loss.detach()), "grad_norm": norm, "lr": rate})
     with torch.no_grad():
         loss, metrics = _dpo_loss(models, config, RANKINGS)
-        values = models["actor"].outputs(PROBE, "logprobs")
     del history[0]["pair_accuracy"]  # the actor is still the reference: margins of 0, whose signs are rounding
-    return [*history, metrics | {"loss": float(loss)}, {f"actor/{i}": float(v) for i, v in enumerate(values)}]
+    return [*history, metrics | {"loss": float(loss)}, weights_of(models, ["actor"])]
 
 
 def _dpo_loss(models: dict[str, ReferenceLlama], config: DPOConfig, groups: Any) -> tuple[Tensor, dict[str, float]]:

@@ -6,33 +6,33 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_zj.algorithms.grpo import GRPO
 from megatron_zj.algorithms.rejection import BestOfAll, BestOfN
 from megatron_zj.algorithms.shaping import Shaping
 from megatron_zj.config.algorithm import GRPOConfig, RejectionConfig, SamplingConfig
-from megatron_zj.config.optim import EngineConfig
-from megatron_zj.config.parallel import ParallelConfig
 from megatron_zj.data.batch import Batch, Rows
 from megatron_zj.roles.world import World
-from megatron_zj.rollout.generate import Rollout
 from megatron_zj.runtime.seed import keyed_generator
 from megatron_zj.runtime.timers import Timers
-from tests.algorithms.plain_ppo import Row, adamw, collect_row, policy_loss, report, samples_of, update
+from tests.algorithms.layouts import Layout
+from tests.algorithms.plain_optimizer import adamw
+from tests.algorithms.plain_ppo import Row, collect_row, policy_loss, report, samples_of, update, weights_of
 from tests.algorithms.ppo_world import (
     HEADS,
     ITERATIONS,
     MODEL,
-    PROBE,
     RUN_SEED,
     SCALE,
-    STOP,
+    History,
     Prompts,
     build_roles,
+    build_rollout,
     decode,
+    history_of,
     initial_weights,
-    probe_roles,
+    watch_samples,
+    whole_weights,
 )
 from tests.helpers.reference_llama import ReferenceLlama
 
@@ -101,27 +101,27 @@ class Dialogues:
         self.position = state["position"]
 
 
-def _history(algorithm: GRPO | BestOfN | BestOfAll, steps: int) -> list[dict[str, float]]:
+def _history(algorithm: GRPO | BestOfN | BestOfAll, steps: int) -> History:
+    samples = watch_samples(algorithm.roles["actor"])
     metrics = [algorithm.step() for _ in range(steps)]
-    dist.barrier()
-    return [*metrics, probe_roles(algorithm.roles, {"actor": "logprobs"})]
+    return history_of(metrics, samples, whole_weights(algorithm.roles, ["actor"]))
 
 
-def run_sampling(parallel: ParallelConfig, engine: EngineConfig) -> dict[str, list[dict[str, float]]]:
-    """Metrics of each iteration, and last what the actor says about the probe, by algorithm and configuration."""
+def run_sampling(layout: Layout) -> dict[str, History]:
+    """What each iteration measured and sampled, and last the weights, by algorithm and configuration."""
     host, world = torch.device("cpu"), World.current()
     found = {}
     for name, config in GRPO_CONFIGS.items():
-        roles = build_roles(["actor", "reference", "reward"], parallel, engine, {}, {})
-        rollout = Rollout(config.sampling, frozenset({STOP}), RUN_SEED)
+        roles = build_roles(["actor", "reference", "reward"], layout)
+        rollout = build_rollout(config.sampling, layout)
         shaping = Shaping(config, SCALE, decode)
         grpo = GRPO(config, roles, Prompts(), rollout, world, RUN_SEED, Timers(host), shaping)
         found[name] = _history(grpo, ITERATIONS)
-    roles = build_roles(["actor", "reward"], parallel, engine, {}, {})
-    rollout, shaping = Rollout(SAMPLING, frozenset({STOP}), RUN_SEED), Shaping(BEST_OF_N, SCALE, decode)
+    roles = build_roles(["actor", "reward"], layout)
+    rollout, shaping = build_rollout(SAMPLING, layout), Shaping(BEST_OF_N, SCALE, decode)
     best = BestOfN(BEST_OF_N, roles, Prompts(), rollout, world, RUN_SEED, Timers(host), shaping)
     found["best of n"] = _history(best, ITERATIONS)
-    roles = build_roles(["actor", "reward"], parallel, engine, {}, {})
+    roles = build_roles(["actor", "reward"], layout)
     filtering = BestOfAll(BEST_OF_ALL, roles, Dialogues(), world, RUN_SEED, Timers(host))
     found["best of all"] = _history(filtering, STEPS)
     return found
@@ -129,8 +129,8 @@ def run_sampling(parallel: ParallelConfig, engine: EngineConfig) -> dict[str, li
 
 def learn_to_end(config: GRPOConfig, iterations: int) -> list[float]:
     """The share of answers that end by themselves, by iteration."""
-    roles = build_roles(["actor", "reference", "reward"], ParallelConfig(), EngineConfig(), {}, {})
-    rollout, shaping = Rollout(config.sampling, frozenset({STOP}), RUN_SEED), Shaping(config, SCALE, decode)
+    roles = build_roles(["actor", "reference", "reward"], Layout())
+    rollout, shaping = build_rollout(config.sampling, Layout()), Shaping(config, SCALE, decode)
     timers = Timers(torch.device("cpu"))
     grpo = GRPO(config, roles, Prompts(), rollout, World.current(), RUN_SEED, timers, shaping)
     return [1.0 - grpo.step()["truncated"] for _ in range(iterations)]
@@ -139,18 +139,17 @@ def learn_to_end(config: GRPOConfig, iterations: int) -> list[float]:
 # The same in plain torch ------------------------------------------------------------------------------------------
 
 
-def plain_sampling() -> dict[str, list[dict[str, float]]]:
-    found = {name: _plain_grpo(config) for name, config in GRPO_CONFIGS.items()}
-    return found | {"best of n": _plain_best_of_n(), "best of all": _plain_best_of_all()}
+def plain_sampling(dtype: torch.dtype = torch.float32) -> dict[str, History]:
+    found = {
+        name: _plain_grpo(config, _models(dtype, "actor", "reference", "reward"))
+        for name, config in GRPO_CONFIGS.items()
+    }
+    found["best of n"] = _plain_best_of_n(_models(dtype, "actor", "reward"))
+    return found | {"best of all": _plain_best_of_all(_models(dtype, "actor", "reward"))}
 
 
-def _models(*names: str) -> dict[str, ReferenceLlama]:
-    return {name: ReferenceLlama(MODEL, HEADS[name], state=initial_weights(name)) for name in names}
-
-
-def _probed(model: ReferenceLlama) -> dict[str, float]:
-    with torch.no_grad():
-        return {f"actor/{i}": float(value) for i, value in enumerate(model.outputs(PROBE, "logprobs"))}
+def _models(dtype: torch.dtype, *names: str) -> dict[str, ReferenceLlama]:
+    return {name: ReferenceLlama(MODEL, HEADS[name], state=initial_weights(name), dtype=dtype) for name in names}
 
 
 def _means(updates: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -165,8 +164,8 @@ def _orders(count: int, size: int, epochs: int, iteration: int) -> list[list[int
     return found
 
 
-def _plain_grpo(config: GRPOConfig) -> list[dict[str, float]]:
-    models, history, steps = _models("actor", "reference", "reward"), [], 0
+def _plain_grpo(config: GRPOConfig, models: dict[str, ReferenceLlama]) -> History:
+    history, steps = [], 0
     optimizer, size = adamw(models["actor"]), config.samples_per_prompt
     for iteration in range(ITERATIONS):
         rows = [
@@ -192,15 +191,15 @@ def _plain_grpo(config: GRPOConfig) -> list[dict[str, float]]:
             updates.append(update(models["actor"], optimizer, terms, picked, steps, config.aggregation))
             steps += 1
         history.append(report(rows) | _means(updates))
-    return [*history, _probed(models["actor"])]
+    return [*history, weights_of(models, ["actor"])]
 
 
 def _nll(model: ReferenceLlama, row: Row) -> dict[str, torch.Tensor]:
     return {"loss": -model.logprobs(row["tokens"])[row["start"] :]}
 
 
-def _plain_best_of_n() -> list[dict[str, float]]:
-    config, models, history, steps = BEST_OF_N, _models("actor", "reward"), [], 0
+def _plain_best_of_n(models: dict[str, ReferenceLlama]) -> History:
+    config, history, steps = BEST_OF_N, [], 0
     optimizer, size = adamw(models["actor"]), BEST_OF_N.samples_per_prompt
     for iteration in range(ITERATIONS):
         samples = samples_of(iteration, config.prompts_per_step, size)
@@ -215,11 +214,11 @@ def _plain_best_of_n() -> list[dict[str, float]]:
             steps += 1
         mean = sum(row["score"] for row in best) / len(best)
         history.append(report(rows) | {"score_best": mean} | _means(updates))
-    return [*history, _probed(models["actor"])]
+    return [*history, weights_of(models, ["actor"])]
 
 
-def _plain_best_of_all() -> list[dict[str, float]]:
-    config, models = BEST_OF_ALL, _models("actor", "reward")
+def _plain_best_of_all(models: dict[str, ReferenceLlama]) -> History:
+    config = BEST_OF_ALL
     optimizer, history = adamw(models["actor"]), []
     with torch.no_grad():
         scores = [float(models["reward"].score(torch.tensor(prompt + answer))) for prompt, answer in DIALOGUES]
@@ -236,4 +235,4 @@ def _plain_best_of_all() -> list[dict[str, float]]:
         found = update(models["actor"], optimizer, _nll, rows, step)
         mean = sum(scores[place] for place in kept) / len(kept)
         history.append(found | {"kept": float(len(kept)), "kept_score": mean, "kept_score_lowest": scores[kept[-1]]})
-    return [*history, _probed(models["actor"])]
+    return [*history, weights_of(models, ["actor"])]

@@ -10,35 +10,13 @@ import torch
 
 from megatron_zj.algorithms.experience import ParityError
 from megatron_zj.config.algorithm import ParityConfig, PPOConfig
-from megatron_zj.config.optim import EngineConfig
-from megatron_zj.config.parallel import ParallelConfig, PlacementConfig
 from tests.algorithms import ppo_world
+from tests.algorithms.layouts import LAYOUTS, MORE_LAYOUTS, Layout
 from tests.algorithms.plain_ppo import PlainPPO
+from tests.algorithms.ppo_world import History
 from tests.helpers.ranks import run_ranks
 
-ENGINE = EngineConfig(micro_batch_tokens=64)
 TOLERANCE = 2e-5
-LAYOUTS = {
-    "one rank": (1, ParallelConfig(), ENGINE, {}, {}),
-    "small packs": (1, ParallelConfig(), EngineConfig(micro_batch_tokens=20), {}, {}),
-    "tp2 sp": (2, ParallelConfig(tp=2, sequence_parallel=True), ENGINE, {}, {}),
-    "pp2": (2, ParallelConfig(pp=2), ENGINE, {}, {}),
-    "dp2": (2, ParallelConfig(), dataclasses.replace(ENGINE, distributed_optimizer=True), {}, {}),
-    "cp2": (2, ParallelConfig(cp=2), ENGINE, {}, {}),
-    "tp2 pp2": (4, ParallelConfig(tp=2, pp=2), ENGINE, {}, {}),
-    "split 2 + 2": (
-        4,
-        ParallelConfig(),
-        ENGINE,
-        {
-            "policy": PlacementConfig(first_rank=0, num_ranks=2, parallel=ParallelConfig(tp=2)),
-            "judges": PlacementConfig(first_rank=2, num_ranks=2, parallel=ParallelConfig(pp=2)),
-        },
-        {"actor": "policy", "reference": "policy", "critic": "judges", "reward": "judges"},
-    ),
-}
-
-
 OPTIONS: dict[str, dict[str, Any]] = {
     "kl k3 in loss, sequences": {"kl_in": "loss", "kl_estimator": "k3", "aggregation": "sequence", "kl_coef": 0.3},
     "adaptive kl, k2, running scores": {
@@ -70,7 +48,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def plain() -> list[dict[str, float]]:
+def plain() -> History:
     history = PlainPPO(ppo_world.PPO_CONFIG).run()
     assert 0 < history[0]["truncated"] < 1  # both kinds of ending are in it
     assert any(history[1][f"{name}/clip_fraction"] > 0 for name in ("actor", "critic"))  # the clips bind
@@ -78,36 +56,36 @@ def plain() -> list[dict[str, float]]:
     return history
 
 
-def _check(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+def _check(found: History, expected: History) -> None:
     differences = ppo_world.differences(found, expected)
     worst = max(differences, key=lambda name: differences[name])
     assert differences[worst] <= TOLERANCE, (worst, differences[worst])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_iterations_equal_plain_torch(layout: str, plain: list[dict[str, float]]) -> None:
-    world, parallel, engine, placements, where = LAYOUTS[layout]
-    for found in run_ranks(world, ppo_world.run_ppo, parallel, engine, placements, where):
+@pytest.mark.parametrize("layout", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_LAYOUTS)])
+def test_two_iterations_equal_plain_torch(layout: str, plain: History) -> None:
+    """Metrics, the sampled tokens, and every tensor of actor and critic."""
+    place = {**LAYOUTS, **MORE_LAYOUTS}[layout]
+    for found in run_ranks(place.world, ppo_world.run_ppo, place):
         _check(found[0], plain)
         assert found[0][0]["actor/first_ratio_off"] == 0
 
 
 @pytest.fixture(scope="module")
-def variants() -> list[tuple[PPOConfig, list[dict[str, float]]]]:
+def variants() -> list[tuple[PPOConfig, History]]:
     configs = [dataclasses.replace(ppo_world.PPO_CONFIG, **changes) for changes in OPTIONS.values()]
     return [(config, PlainPPO(config).run()) for config in configs]
 
 
 @pytest.mark.parametrize("layout", ["one rank", "small packs", "dp2", "cp2"])
-def test_every_option_equals_plain_torch(layout: str, variants: list[tuple[PPOConfig, list[dict[str, float]]]]) -> None:
-    world, parallel, engine, placements, where = LAYOUTS[layout]
+def test_every_option_equals_plain_torch(layout: str, variants: list[tuple[PPOConfig, History]]) -> None:
     configs = [config for config, _ in variants]
-    for histories in run_ranks(world, ppo_world.run_ppo, parallel, engine, placements, where, configs):
+    for histories in run_ranks(LAYOUTS[layout].world, ppo_world.run_ppo, LAYOUTS[layout], configs):
         for found, (_, expected) in zip(histories, variants, strict=True):
             _check(found, expected)
 
 
-def test_the_options_do_something(variants: list[tuple[PPOConfig, list[dict[str, float]]]]) -> None:
+def test_the_options_do_something(variants: list[tuple[PPOConfig, History]]) -> None:
     in_loss, adaptive, clips, late = (history for _, history in variants)
     assert in_loss[1]["actor/kl_loss"] > 0
     assert in_loss[0]["actor/weight"] == ppo_world.PPO_CONFIG.minibatch_size
@@ -120,7 +98,7 @@ def test_the_options_do_something(variants: list[tuple[PPOConfig, list[dict[str,
 
 def _perturbed_after_sampling(changes: dict[str, Any]) -> list[str]:
     """What a run says whose actor's weights move between sampling and scoring."""
-    ppo = ppo_world.build_ppo(dataclasses.replace(ppo_world.PPO_CONFIG, **changes), ParallelConfig(), ENGINE, {}, {})
+    ppo = ppo_world.build_ppo(dataclasses.replace(ppo_world.PPO_CONFIG, **changes), Layout())
     generate = ppo.models.actor.generate
 
     def then_move(*args: Any) -> Any:

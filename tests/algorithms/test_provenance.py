@@ -6,26 +6,25 @@ import pytest
 import torch
 
 from megatron_zj.algorithms.provenance import RewardHeadError, head_checksum, require_head
-from megatron_zj.config.optim import EngineConfig
-from megatron_zj.config.parallel import ParallelConfig
+from tests.algorithms.layouts import LAYOUTS, Layout
 from tests.algorithms.ppo_world import build_roles
 from tests.helpers.ranks import run_ranks
 
 
-def _checksum(parallel: ParallelConfig) -> dict[str, str]:
-    return head_checksum(build_roles(["reward"], parallel, EngineConfig(), {}, {})["reward"])
+def _checksum(layout: Layout) -> dict[str, str]:
+    return head_checksum(build_roles(["reward"], layout)["reward"])
 
 
 def test_the_checksum_is_the_same_on_every_rank_of_every_layout() -> None:
-    found = run_ranks(1, _checksum, ParallelConfig())
-    found += run_ranks(2, _checksum, ParallelConfig(tp=2))
-    found += run_ranks(2, _checksum, ParallelConfig(pp=2))
+    found = run_ranks(1, _checksum, Layout())
+    found += run_ranks(2, _checksum, LAYOUTS["tp2 sp"])
+    found += run_ranks(2, _checksum, LAYOUTS["pp2"])
     assert len({one["sha256"] for one in found}) == 1
     assert found[0]["dtype"] == "float32"
 
 
 def _compare() -> list[str]:
-    role = build_roles(["reward"], ParallelConfig(), EngineConfig(), {}, {})["reward"]
+    role = build_roles(["reward"], Layout())["reward"]
     stored = head_checksum(role)
     said = [require_head(role, stored, "run"), require_head(role, None, "run")]
     said.append(require_head(role, stored | {"dtype": "bfloat16"}, "run"))

@@ -53,7 +53,9 @@ def test_metrics_count_pairs_and_scores_once() -> None:
     summary = objective.summarise({name: float(value) / weight for name, value in terms.metrics.items()})
     pairs = [(a, b) for a in range(9) for b in range(9) if GROUPS[a] == GROUPS[b] and RANKS[a] < RANKS[b]]
     assert summary["pair_accuracy"] == pytest.approx(sum(bool(SCORES[a] > SCORES[b]) for a, b in pairs) / len(pairs))
-    assert summary["longer_wins_accuracy"] == pytest.approx(sum(LENGTHS[a] > LENGTHS[b] for a, b in pairs) / len(pairs))
+    longer = [1.0 if LENGTHS[a] > LENGTHS[b] else 0.5 if LENGTHS[a] == LENGTHS[b] else 0.0 for a, b in pairs]
+    assert summary["longer_wins"] == pytest.approx(sum(longer) / len(longer))
+    assert 0.5 in longer
     assert summary["score_mean"] == pytest.approx(SCORES.mean().item(), abs=1e-6)
     assert summary["score_deviation"] == pytest.approx(SCORES.std(correction=0).item(), abs=1e-6)
 

@@ -7,22 +7,13 @@ import dataclasses
 import pytest
 
 from megatron_zj.config.algorithm import GRPOConfig, SamplingConfig
-from megatron_zj.config.optim import EngineConfig
-from megatron_zj.config.parallel import ParallelConfig
 from tests.algorithms import sampling_world
-from tests.algorithms.ppo_world import differences
+from tests.algorithms.layouts import LAYOUTS, MORE_LAYOUTS
+from tests.algorithms.ppo_world import History, differences
 from tests.helpers.ranks import run_ranks
 
-ENGINE = EngineConfig(micro_batch_tokens=48)
 TOLERANCE = 2e-5
-LAYOUTS = {
-    "one rank": (1, ParallelConfig(), ENGINE),
-    "tp2 sp": (2, ParallelConfig(tp=2, sequence_parallel=True), ENGINE),
-    "pp2": (2, ParallelConfig(pp=2), ENGINE),
-    "dp2": (2, ParallelConfig(), dataclasses.replace(ENGINE, distributed_optimizer=True)),
-    "cp2": (2, ParallelConfig(cp=2), ENGINE),
-}
-Histories = dict[str, list[dict[str, float]]]
+Histories = dict[str, History]
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +21,11 @@ def plain() -> Histories:
     return sampling_world.plain_sampling()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_LAYOUTS)])
 def test_sampling_algorithms_equal_plain_torch(layout: str, plain: Histories) -> None:
-    for histories in run_ranks(LAYOUTS[layout][0], sampling_world.run_sampling, *LAYOUTS[layout][1:]):
+    """Metrics, the sampled tokens, and every tensor of the actor."""
+    place = {**LAYOUTS, **MORE_LAYOUTS}[layout]
+    for histories in run_ranks(place.world, sampling_world.run_sampling, place):
         for name, expected in plain.items():
             off = differences(histories[name], expected)
             worst = max(off, key=lambda key: off[key])

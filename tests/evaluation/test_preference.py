@@ -19,7 +19,7 @@ def test_pair_accuracy_overall_and_by_gap_by_hand() -> None:
     assert result.by_rank_gap == {"1": pytest.approx(3 / 4), "2": 1.0}
     assert result.longer_wins == pytest.approx(3 / 5)
     assert result.score_mean == 2.5
-    assert result.score_std == pytest.approx(math.sqrt(1.25))
+    assert result.score_deviation == pytest.approx(math.sqrt(1.25))
 
 
 def test_equal_scores_are_half_right_and_equal_lengths_half_longer() -> None:

@@ -36,7 +36,7 @@ def _check_moves(seed: int) -> None:
         target = [pick.choices(range(len(LENGTHS)), k=pick.randrange(5)) for _ in range(world)]
         target = [list(dict.fromkeys(rows)) for rows in target]
         fields = to_fields(_batch(source[rank]))
-        pending.append((exchange.move(fields, field_types(fields), LENGTHS, source, target), target[rank]))
+        pending.append((exchange.move(field_types(fields), LENGTHS, source, target).send(fields), target[rank]))
     pick.shuffle(pending)  # waiting in another order than calling must not matter
     for move, wanted in pending:
         found, expected = from_fields(move.wait()), _batch(wanted)

@@ -1,11 +1,13 @@
-"""The demo's four stages in miniature: real files, real configurations, one step takes milliseconds."""
+"""The demo's stages in miniature: real files, real configurations, one step takes milliseconds."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from megatron_zj.config.data import TokenizerConfig
 from megatron_zj.data.prepare import PrepareConfig, TextConfig, prepare
 from megatron_zj.data.vocabulary import train_sentencepiece
 from megatron_zj.evaluation.clinic.files import DemoSizes, write_demo
+from megatron_zj.runtime.activity import Activity
 from megatron_zj.runtime.distributed import Process
 
 SIZES = DemoSizes(
@@ -118,14 +121,51 @@ def overrides_of(stage: str, folder: Path, run: str, **changes: Any) -> list[str
     return [f"{name}={value}" for name, value in values.items()]
 
 
-def run_stage(overrides: list[str], kill_after: float | None = None) -> None:
-    """Train on the ranks of this world.  ``kill_after``: seconds until rank 0 gets SIGKILL."""
-    if kill_after is not None and dist.get_rank() == 0:
-        timer = threading.Timer(kill_after, os.kill, (os.getpid(), signal.SIGKILL))
+@dataclass(frozen=True)
+class Kill:
+    """SIGKILL for one rank: ``seconds`` after it has entered ``phase`` for the ``time``-th time (no phase: at once).
+
+    ``note``: a file that is told the phases in which it died.
+    """
+
+    rank: int
+    seconds: float
+    note: Path
+    phase: str = ""
+    time: int = 1
+
+    def arm(self, activity: Activity) -> None:
+        """To be called on every rank."""
+        if dist.get_rank() != self.rank:
+            return
+        entered = itertools.count(1)
+
+        def watch() -> None:
+            if activity.phases and activity.phases[-1] == self.phase and next(entered) == self.time:
+                self._start(activity)
+
+        if self.phase:
+            activity.on_change = watch
+        else:
+            self._start(activity)
+
+    def _start(self, activity: Activity) -> None:
+        def die() -> None:
+            self.note.write_text(str(activity))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        timer = threading.Timer(self.seconds, die)
         timer.daemon = True
         timer.start()
+
+
+def run_stage(overrides: list[str], kill: Kill | None = None) -> None:
+    """Train on the ranks of this world."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    train(compose_run(overrides), Process(rank, rank, size, torch.device("cpu")))
+    process = Process(rank, rank, size, torch.device("cpu"))
+    if kill is not None:
+        kill.arm(process.activity)
+    train(compose_run(overrides), process)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

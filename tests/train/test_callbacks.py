@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_zj.config.checkpoint import CheckpointConfig
 from megatron_zj.engine.objective import Metrics
@@ -18,8 +19,10 @@ from megatron_zj.runtime.distributed import Process
 from megatron_zj.runtime.log import progress_bar
 from megatron_zj.runtime.metrics import MetricsLog
 from megatron_zj.runtime.timers import Timers
+from megatron_zj.train import callbacks
 from megatron_zj.train.callbacks import Measure, Report, Save, Validate
 from megatron_zj.train.loop import run
+from tests.helpers.ranks import run_ranks
 
 CPU = torch.device("cpu")
 
@@ -149,6 +152,23 @@ def test_speed_is_of_the_whole_step_and_utilisation_only_where_the_peak_is_known
     without: Metrics = {"time/step": 2.0}
     Measure(CPU, float, None).on_step(1, without)
     assert "tokens_per_second" not in without
+
+
+def _peaks() -> tuple[float, str]:
+    lines = []
+    callbacks.logger.info = lambda text, *values: lines.append(text % values)  # type: ignore[method-assign]
+    callbacks.peak_memory_mib = lambda device: 100.0 + 50 * dist.get_rank()
+    measure, metrics = Measure(CPU, None, None), {"time/step": 1.0}
+    measure.on_step(1, metrics)
+    measure.on_end(completed=True)
+    measure.on_end(completed=False)  # an error: the others may be gone
+    return metrics["memory/peak_mib"], "".join(lines)
+
+
+def test_memory_is_reported_of_every_rank_and_the_highest_in_the_metrics() -> None:
+    for highest, said in run_ranks(2, _peaks):
+        assert highest == 150.0
+        assert said == "peak memory by rank, MiB: 100 150"
 
 
 def test_the_report_writes_every_step_and_shows_some_without_what_says_nothing(

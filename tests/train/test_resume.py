@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import random
+import shutil
 import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from megatron_zj.checkpoint.hf import export_hf
+from megatron_zj.checkpoint.load import load
+from megatron_zj.checkpoint.manifest import read_manifest, write_manifest
 from tests.helpers.ranks import RankFailure, run_ranks
 from tests.train import stages
+
+GENERATING = ("ppo", "grpo", "rejection")
+WHERE = ("", "actor.generate", "save")  # any moment, inside generation, inside a save
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All four stages, each run once without interruption."""
+    """Every stage run once without interruption; ``seconds`` holds how long each took."""
     made = tmp_path_factory.mktemp("stages")
+    (made / "seconds").mkdir()
     stages.make_data(made)
     for stage in stages.STAGES:
+        start = time.monotonic()
         run_ranks(2, stages.run_stage, stages.overrides_of(stage, made, stage), timeout=120)
+        (made / "seconds" / stage).write_text(str(time.monotonic() - start))
     return made
 
 
@@ -31,41 +47,124 @@ def _check_equal(folder: Path, stage: str, run: str) -> None:
 @pytest.mark.parametrize("stage", stages.STAGES)
 def test_stopping_and_going_on_changes_no_bit(folder: Path, stage: str) -> None:
     run = f"{stage}_stopped"
-    # the schedule ends where the whole run's does, so only the number of steps may differ
-    decay = {"optim__decay_steps": _updates(stage)}
     for steps in (2, stages.STEPS):
-        overrides = stages.overrides_of(stage, folder, run, run__num_steps=steps, **decay)
+        overrides = stages.overrides_of(stage, folder, run, run__num_steps=steps, **_schedule(stage))
         run_ranks(2, stages.run_stage, overrides, timeout=120)
     _check_equal(folder, stage, run)
 
 
-def _updates(stage: str) -> int:
-    return stages.STEPS * (4 if stage == "ppo" else 1)
+def _schedule(stage: str) -> dict[str, int]:
+    """The schedule ends where the whole run's does, so only the number of steps may differ."""
+    return {"optim__decay_steps": stages.STEPS * (4 if stage == "ppo" else 1)}
 
 
-def _kill_and_resume(folder: Path, stage: str, run: str, pick: random.Random) -> None:
+def _kill_and_resume(folder: Path, stage: str, run: str, phase: str, pick: random.Random) -> str:
+    """The phases in which a rank died; "" where the run had ended before."""
+    whole = float((folder / "seconds" / stage).read_text())
+    seconds = pick.uniform(0.0, 1.0) * (whole if not phase else 0.05)
+    kill = stages.Kill(pick.randrange(2), seconds, folder / f"{run}.killed", phase, pick.randint(1, stages.STEPS))
     overrides = stages.overrides_of(stage, folder, run)
-    start = time.monotonic()
-    run_ranks(2, stages.run_stage, stages.overrides_of(stage, folder, f"{run}_timing"), timeout=120)
-    moment = pick.uniform(0.2, 1.0) * (time.monotonic() - start)
     with contextlib.suppress(RankFailure):  # a late kill may find the run already done
-        run_ranks(2, stages.run_stage, overrides, moment, timeout=120)
+        run_ranks(2, stages.run_stage, overrides, kill, timeout=120)
     run_ranks(2, stages.run_stage, overrides, timeout=120)
     _check_equal(folder, stage, run)
+    return kill.note.read_text() if kill.note.exists() else ""
 
 
-def test_a_kill_at_a_random_moment_changes_no_bit(folder: Path) -> None:
+@pytest.mark.parametrize("phase", WHERE, ids=["any moment", "generation", "save"])
+def test_a_kill_at_a_random_moment_changes_no_bit(folder: Path, phase: str) -> None:
     pick = random.Random(time.time_ns())
-    stage = pick.choice(list(stages.STAGES))
-    _kill_and_resume(folder, stage, "killed", pick)
+    stage = pick.choice(GENERATING if phase == "actor.generate" else list(stages.STAGES))
+    died = _kill_and_resume(folder, stage, f"killed_{phase}", phase, pick)
+    assert died or not phase
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", stages.STAGES)
 def test_many_kills_at_random_moments_change_no_bit(folder: Path, stage: str) -> None:
-    pick = random.Random(stage)
-    for index in range(25):
-        _kill_and_resume(folder, stage, f"{stage}_kill{index}", pick)
+    """13 of each stage, 104 in all; ``pytest -rP`` shows where they died."""
+    pick, died = random.Random(time.time_ns()), []
+    phases = [phase for phase in WHERE if phase != "actor.generate" or stage in GENERATING]
+    for index, phase in zip(range(13), itertools.cycle(phases), strict=False):
+        died.append(_kill_and_resume(folder, stage, f"{stage}_kill{index}", phase, pick))
+    places = Counter(phases.split(" > ")[-1] or "too late" for phases in died)
+    print(f"{stage}: {len(died)} kills; died in " + ", ".join(f"{at} {n}" for at, n in places.most_common()))
+    assert sum(map(bool, died)) >= 6
+
+
+def _split(stage: str) -> dict[str, Any]:
+    """The policy (and PPO's and GRPO's reference) on one rank, what judges it on the other."""
+    judges = {"ppo": ("critic", "reward"), "dpo": ("reference",)}.get(stage, ("reward",))
+    where = dict.fromkeys(judges, "judges") | {"actor": "policy"}
+    if stage in ("ppo", "grpo"):
+        where["reference"] = "policy"
+    ranks = {"policy": 0, "judges": 1}
+    placements = {f"placements__{name}__first_rank": rank for name, rank in ranks.items()}
+    placements |= {f"placements__{name}__num_ranks": 1 for name in ranks}
+    return placements | {f"algorithm__{role}__placement": at for role, at in where.items()}
+
+
+@pytest.mark.parametrize(
+    ("stage", "first", "then"),
+    [
+        ("ppo", "data", "split"),
+        ("ppo", "tp2", "pp2"),
+        *(pytest.param("ppo", one, two, marks=pytest.mark.slow) for one, two in (("split", "tp2"), ("pp2", "data"))),
+        *(
+            pytest.param(s, "data", "split", marks=pytest.mark.slow)
+            for s in ("grpo", "rejection", "rejection_filter", "dpo")
+        ),
+        *(pytest.param(s, "tp2", "pp2", marks=pytest.mark.slow) for s in stages.STAGES if s != "ppo"),
+    ],
+)
+def test_a_run_goes_on_under_another_placement(folder: Path, stage: str, first: str, then: str) -> None:
+    layouts = {
+        "data": {},
+        "tp2": {"parallel__tp": 2},
+        "pp2": {"parallel__pp": 2},
+        "split": _split(stage),
+    }
+    run = f"{stage}_{first}_{then}"
+    for steps, layout in ((2, first), (stages.STEPS, then)):
+        changes = {"world_size": 2, "run__num_steps": steps, **_schedule(stage), **layouts[layout]}
+        run_ranks(2, stages.run_stage, stages.overrides_of(stage, folder, run, **changes), timeout=120)
+    for mine, theirs in zip(stages.metrics(folder / run), stages.metrics(folder / stage), strict=True):
+        for name, value in theirs.items():
+            assert mine[name] == pytest.approx(value, rel=1e-4, abs=1e-4), (mine["step"], name)
+    trained = {"ppo": ("actor", "critic"), "reward": ("model",), "sft": ("model",), "pretrain": ("model",)}
+    for role in trained.get(stage, ("actor",)):
+        ours, whole = (_weights(folder / one, role) for one in (run, stage))
+        for name, tensor in whole.items():
+            off = float((ours[name] - tensor).norm() / tensor.norm().clamp(min=1.0))
+            assert off <= 2e-5, (role, name, off)
+
+
+def _weights(run: Path, role: str) -> dict[str, torch.Tensor]:
+    """Whole tensors of the last checkpoint."""
+    target = run / f"hf_{role}"
+    if not target.exists():
+        export_hf(run / "checkpoints" / f"step_{stages.STEPS:08d}", target, role=role)
+    return {name: tensor for file in target.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_ppo_scales_scores_by_what_the_reward_model_stored_and_knows_its_head(folder: Path) -> None:
+    reward, ppo = (load(folder / stage / f"checkpoints/step_{stages.STEPS:08d}", {}) for stage in ("reward", "ppo"))
+    found = reward["validation"]
+    assert ppo["shaping"]["scale"] == {"mean": found["score_mean"], "deviation": found["score_deviation"]}
+    log = (folder / "ppo" / "log.txt").read_text(encoding="utf-8")
+    assert f"reward head {reward['head']['sha256'][:16]} (float32) of " in log
+    assert "the very head that was trained" in log
+
+
+def test_a_reward_model_of_another_tokenizer_is_refused(folder: Path) -> None:
+    """Its weights would read other pieces in the same ids, and score nonsense."""
+    other = folder / "reward_of_another_tokenizer"
+    shutil.copytree(folder / "reward", other)
+    for step in other.glob("checkpoints/step_*"):
+        write_manifest(step, dataclasses.replace(read_manifest(step), tokenizer="0" * 64))
+    overrides = stages.overrides_of("ppo", folder, "foreign", algorithm__reward__load=other)
+    with pytest.raises(RankFailure, match=r"was trained with another tokenizer \(0{12}; in use: .*set tokenizer\.path"):
+        run_ranks(1, stages.run_stage, overrides, timeout=120)
 
 
 def test_a_reward_role_without_a_trained_head_is_refused(folder: Path) -> None:

@@ -1,0 +1,100 @@
+"""What goes wrong in a run ends in a message that says what to change, or in what the page on RLHF says.
+
+Lost and hanging ranks: tests/roles/test_overlap.py.  Scores that are no numbers: test_options.py.  Another tokenizer,
+and a head that nobody trained: tests/train/test_resume.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_zj.algorithms.grpo import GRPO
+from megatron_zj.algorithms.shaping import Shaping
+from megatron_zj.config.algorithm import SamplingConfig
+from megatron_zj.engine.totals import NonFiniteError
+from megatron_zj.roles.world import World
+from megatron_zj.rollout.generate import Rollout
+from megatron_zj.runtime.timers import Timers
+from tests.algorithms import ppo_world
+from tests.algorithms.layouts import Layout
+from tests.algorithms.sampling_world import GRPO_CONFIGS
+from tests.helpers.ranks import run_ranks
+
+ONE_TOKEN = frozenset(range(ppo_world.MODEL.vocab_size))  # whatever comes first ends the answer
+
+
+def _empty_answers() -> list[dict[str, float]]:
+    ppo = ppo_world.build_ppo(ppo_world.PPO_CONFIG, Layout())
+    ppo.rollout.stop_ids = ONE_TOKEN
+    return [ppo.step() for _ in range(2)]
+
+
+def test_an_empty_answer_is_its_stop_token_and_is_learned_from() -> None:
+    [[first, second]] = run_ranks(1, _empty_answers)
+    assert first["response_length"] == second["response_length"] == 1.0
+    assert first["truncated"] == first["repetition"] == first["length_correlation"] == 0.0
+    assert all(math.isfinite(value) for metrics in (first, second) for value in metrics.values())
+    assert first["actor/grad_norm"] > 0
+
+
+def _equal_answers() -> dict[str, float]:
+    """A greedy policy answers a prompt the same every time."""
+    config = dataclasses.replace(
+        GRPO_CONFIGS["scaled"], sampling=SamplingConfig(max_new_tokens=5, temperature=0.0), kl_coef=0.0
+    )
+    roles = ppo_world.build_roles(["actor", "reference", "reward"], Layout())
+    rollout = Rollout(config.sampling, frozenset({ppo_world.STOP}), ppo_world.RUN_SEED)
+    shaping, timers = Shaping(config, ppo_world.SCALE, ppo_world.decode), Timers(torch.device("cpu"))
+    grpo = GRPO(config, roles, ppo_world.Prompts(), rollout, World.current(), ppo_world.RUN_SEED, timers, shaping)
+    return grpo.step()
+
+
+def test_answers_that_are_all_equal_teach_nothing_and_break_nothing() -> None:
+    [metrics] = run_ranks(1, _equal_answers)
+    assert metrics["actor/grad_norm"] == 0.0  # every advantage is 0
+    assert metrics["actor/loss"] == 0.0
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def _too_long() -> str:
+    ppo = ppo_world.build_ppo(ppo_world.PPO_CONFIG, Layout())
+    longest = ppo_world.MODEL.max_position_embeddings
+    next_prompts = ppo.prompts.next
+
+    def lengthened(*args: Any) -> Any:
+        batch = next_prompts(*args)
+        row = torch.arange(longest) % 16
+        tokens = type(batch.tokens).of([row, *batch.tokens.split()[1:]], torch.int64)
+        return dataclasses.replace(batch, tokens=tokens)
+
+    ppo.prompts.next = lengthened  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="prompt 0 ") as caught:
+        ppo.step()
+    return str(caught.value)
+
+
+def test_a_prompt_longer_than_the_context_is_named_with_what_to_change() -> None:
+    [said] = run_ranks(1, _too_long)
+    assert "has 48 tokens, the model has 48 positions: no room for a response" in said
+    assert "lower data.max_length or raise model.max_position_embeddings" in said
+
+
+def _critic_breaks() -> str:
+    ppo = ppo_world.build_ppo(ppo_world.PPO_CONFIG, Layout())
+    engine = ppo.models.critic.engine
+    assert engine is not None
+    with torch.no_grad():
+        engine.chunks[0].output_layer.weight[0, 0] = math.inf
+    with pytest.raises(NonFiniteError) as caught:
+        ppo.step()
+    return str(caught.value)
+
+
+def test_a_critic_that_gives_no_numbers_stops_the_run_before_a_weight_moves() -> None:
+    [said] = run_ranks(1, _critic_breaks)
+    assert "The weights are those before this step" in said
