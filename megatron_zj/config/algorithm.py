@@ -47,6 +47,8 @@ class SamplingConfig:
     top_p: float = 1.0  # nucleus: likeliest tokens up to this probability; 1: off
     repetition_penalty: float = 1.0  # CTRL (Keskar et al. 2019); 1: off
     max_batch_rows: int = 64  # rows decoded at once, a data-parallel rank
+    stop_strings: tuple[str, ...] = ()  # a row ends once its text holds one of these, which stays in it
+    cuda_graphs: bool = True  # replay decoding steps as CUDA graphs where device and layout allow it
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or not 0 <= self.min_new_tokens <= self.max_new_tokens:
@@ -55,6 +57,13 @@ class SamplingConfig:
             )
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
             raise ValueError("need temperature >= 0, top_k >= 0, 0 < top_p <= 1, repetition_penalty > 0")
+        if self.max_batch_rows < 1:
+            raise ValueError(f"max_batch_rows must be >= 1, got {self.max_batch_rows}")
+        if any(not string or "\ufffd" in string for string in self.stop_strings):
+            raise ValueError(
+                f"stop_strings must be texts of at least one whole character, got {list(self.stop_strings)}; "
+                "U+FFFD is what half a character decodes to"
+            )
 
 
 LM_FROM_SCRATCH: Mapping[str, RoleKind] = {"model": RoleKind(needs_weights=False)}

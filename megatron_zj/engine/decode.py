@@ -10,7 +10,7 @@ T: tokens of a step; B: active rows; H, K: this rank's query and key/value heads
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -21,8 +21,9 @@ from torch.nn import functional as F
 
 from kernels.attention import attention, decode_attention
 from kernels.rms_norm import rms_norm
-from kernels.rope import rope, rope_tables
+from kernels.rope import rope_tables, split_rope
 from kernels.swiglu import swiglu
+from megatron_zj.engine.decode_graphs import CudaGraph, Graph, StepGraphs, why_eager
 from megatron_zj.engine.engine import Engine
 from megatron_zj.models.rotary import rotary_frequencies
 
@@ -41,9 +42,13 @@ class _Layer:
 
 
 class Decoder:
-    """Next-token logits of an engine's model.  Every method is collective over the engine's model replica."""
+    """Next-token logits of an engine's model.  Every method is collective over the engine's model replica.
 
-    def __init__(self, engine: Engine, *, max_rows: int, max_tokens: int) -> None:
+    On CUDA, steps are padded to buckets of rows and, with ``graphs``, replayed as CUDA graphs; ``why_eager`` says why
+    they are not (None: they are).  The engine's weights must stay where they are while the decoder lives.
+    """
+
+    def __init__(self, engine: Engine, *, max_rows: int, max_tokens: int, graphs: bool = True) -> None:
         self.engine, self.groups, self.model = engine, engine.groups, engine.model
         weight = next(engine.chunks[0].parameters())
         self.device, self.dtype = weight.device, weight.dtype
@@ -56,6 +61,14 @@ class Decoder:
         frequencies = rotary_frequencies(self.model).to(self.device)
         self._tables = rope_tables(frequencies, max_tokens)
         self._lengths: list[int] = []  # cached tokens of each active slot
+        self.why_eager = why_eager(self.groups, weight) if graphs else "they are switched off"
+        self._padded: StepGraphs | None = None
+        if self.device.type == "cuda" and self.groups.pp_size == 1:
+            self.pad_steps(CudaGraph if self.why_eager is None else None)
+
+    def pad_steps(self, new_graph: Callable[[], Graph] | None) -> None:
+        """Run steps in buckets of rows, through graphs made by ``new_graph`` (None: without)."""
+        self._padded = StepGraphs(self._keys.shape[1], self.device, self._padded_step, new_graph)
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
@@ -82,8 +95,10 @@ class Decoder:
         """Append one token to every active row; logits [B, vocabulary] on the last stage, None elsewhere."""
         if len(tokens_B) != len(self._lengths):
             raise ValueError(f"{len(tokens_B)} tokens for {len(self._lengths)} active rows")
-        step = _Step(self, self._lengths)
-        self._lengths = [length + 1 for length in self._lengths]
+        lengths, self._lengths = self._lengths, [length + 1 for length in self._lengths]
+        if self._padded is not None:
+            return self._padded.run(tokens_B, lengths)
+        step = _Step(self, torch.tensor(lengths, device=self.device), max(lengths) + 1)
         hidden_BD = self._run(tokens_B.to(self.device), step)
         return None if hidden_BD is None else self._logits(hidden_BD)
 
@@ -110,6 +125,13 @@ class Decoder:
             raise RuntimeError("nothing was drawn on the only stage")
         return drawn[0].tolist(), drawn[1].tolist()
 
+    def _padded_step(self, tokens_B: Tensor, positions_B: Tensor) -> Tensor:
+        """A step whose shapes depend on the number of rows alone: attention looks at the whole cache, by lengths."""
+        hidden_BD = self._run(tokens_B, _Step(self, positions_B, self._keys.shape[2]))
+        if hidden_BD is None:
+            raise RuntimeError("only a model on one stage decodes in padded steps")
+        return self._logits(hidden_BD)
+
     def _run(self, tokens_T: Tensor, step: _Prefill | _Step) -> Tensor | None:
         """All layers of the model: this rank's chunks in turn, hidden states passed around the stages."""
         hidden_TD: Tensor | None = None
@@ -130,11 +152,8 @@ class Decoder:
         model, eps = self.model, self.model.norm_eps
         size, repeat = model.head_size, model.num_attention_heads // model.kv_heads
         qkv_TK = F.linear(rms_norm(hidden_TD, layer.norm_D, eps), layer.qkv)
-        qkv_TK = qkv_TK.view(len(hidden_TD), -1, repeat + 2, size)
-        query_THN = qkv_TK[:, :, :repeat].reshape(len(hidden_TD), -1, size)
-        key_TKN, value_TKN = qkv_TK[:, :, repeat], qkv_TK[:, :, repeat + 1]
-        query_THN = rope(query_THN, *self._tables, step.positions)
-        key_TKN = rope(key_TKN, *self._tables, step.positions)
+        qkv_TKSN = qkv_TK.view(len(hidden_TD), -1, repeat + 2, size)
+        query_THN, key_TKN, value_TKN = split_rope(qkv_TKSN, *self._tables, step.positions)
         self._keys[layer.index, step.slots, step.positions] = key_TKN
         self._values[layer.index, step.slots, step.positions] = value_TKN
         mixed_TD = step.attend(query_THN, key_TKN, value_TKN, layer.index).reshape(len(hidden_TD), -1)
@@ -198,12 +217,12 @@ class _Prefill:
 class _Step:
     """A step of one token a row."""
 
-    def __init__(self, decoder: Decoder, lengths: Sequence[int]) -> None:
-        device = decoder.device
-        self.positions = torch.tensor(lengths, device=device)
-        self.slots = torch.arange(len(lengths), device=device)
+    def __init__(self, decoder: Decoder, positions_B: Tensor, longest: int) -> None:
+        """``positions``: where each row's token goes; ``longest``: no row has more tokens, this one included."""
+        self.positions = positions_B
+        self.slots = torch.arange(len(positions_B), device=decoder.device)
         self._keys, self._values = decoder._keys, decoder._values
-        self._lengths_B, self._longest = self.positions + 1, max(lengths) + 1
+        self._lengths_B, self._longest = positions_B + 1, longest
 
     def attend(self, query_BHN: Tensor, key_BKN: Tensor, value_BKN: Tensor, layer: int) -> Tensor:
         """Each row's token over its own cached keys."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -13,15 +14,22 @@ from megatron_zj.engine.decode import Decoder
 from megatron_zj.engine.engine import Engine
 from megatron_zj.rollout.sampling import draw, penalize_repetition, sample_noise
 from megatron_zj.rollout.scheduler import Sample, Scheduler
+from megatron_zj.rollout.stop_text import Decode, StopText
+
+logger = logging.getLogger(__name__)
 
 
 class Rollout:
     """How a run draws samples; ``at_step`` gives the function that a role applies to a shard's prompts."""
 
-    def __init__(self, sampling: SamplingConfig, stop_ids: frozenset[int], seed: int) -> None:
+    def __init__(
+        self, sampling: SamplingConfig, stop_ids: frozenset[int], seed: int, decode: Decode | None = None
+    ) -> None:
+        """``decode``: token ids to text; stop strings need it."""
         self.sampling = sampling
         self.stop_ids = stop_ids
         self.seed = seed
+        self.decode = decode
 
     @property
     def temperature(self) -> float:
@@ -31,7 +39,7 @@ class Rollout:
     def at_step(self, step: int) -> Callable[[Engine, Batch], Batch]:
         """A function of an engine and its shard's prompts; noise is keyed by ``step`` and the rows' ``sample_id``."""
         return lambda engine, prompts: generate(
-            engine, prompts, self.sampling, stop_ids=self.stop_ids, seed=self.seed, step=step
+            engine, prompts, self.sampling, stop_ids=self.stop_ids, seed=self.seed, step=step, decode=self.decode
         )
 
 
@@ -44,21 +52,28 @@ def generate(
     stop_ids: frozenset[int],
     seed: int,
     step: int = 0,
+    decode: Decode | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Batch:
-    """Extend every prompt until a stop token or ``max_new_tokens``.  Collective over the shard's model replica.
+    """Extend every prompt until a stop token, a stop string or ``max_new_tokens``.
 
-    ``prompts``: rows with ``sample_id``.  Returns prompts + responses in the same order with per-token
-    ``response_mask`` (int64 0/1, the stop token included) and ``sampling_logprobs`` (float32, 0 on the prompt), and
-    per-row ``sample_id``, ``prompt_length`` and ``truncated`` (1: ended without a stop token).
-    Raises ValueError for an empty prompt, or one that leaves no room within the model's positions.
+    Collective over the shard's model replica.  ``prompts``: rows with ``sample_id``.  ``decode``: token ids to text.
+    Returns prompts + responses in the same order with per-token ``response_mask`` (int64 0/1, the stop token or
+    string included) and ``sampling_logprobs`` (float32, 0 on the prompt), and per-row ``sample_id``,
+    ``prompt_length`` and ``truncated`` (1: ended without a stop token or string).
+    Raises ValueError for an empty prompt, one that leaves no room within the model's positions, or stop strings
+    without ``decode``.
     """
     samples = _samples(engine, prompts, sampling, seed, step)
     if not samples:
         return _collect(prompts, [])
+    _watch_text(samples, sampling, decode)
     slots = min(sampling.max_batch_rows, len(samples))
     scheduler = Scheduler(samples, slots)
-    decoder = Decoder(engine, max_rows=slots, max_tokens=max(len(s.prompt) + s.limit for s in samples))
+    longest = max(len(s.prompt) + s.limit for s in samples)
+    decoder = Decoder(engine, max_rows=slots, max_tokens=longest, graphs=sampling.cuda_graphs)
+    if step == 0 and decoder.device.type == "cuda" and decoder.why_eager is not None:
+        logger.info("decoding without CUDA graphs: %s", decoder.why_eager)
     seen = _Seen(slots, engine.model.vocab_size, sampling.repetition_penalty)
     with decoder.session():
         while True:
@@ -129,6 +144,15 @@ def _samples(engine: Engine, prompts: Batch, sampling: SamplingConfig, seed: int
     return samples
 
 
+def _watch_text(samples: list[Sample], sampling: SamplingConfig, decode: Decode | None) -> None:
+    if not sampling.stop_strings:
+        return
+    if decode is None:
+        raise ValueError("stop_strings need a tokenizer: give the rollout its ``decode``")
+    for sample in samples:
+        sample.stop_text = StopText(sampling.stop_strings, decode, sampling.min_new_tokens)
+
+
 def _draw(
     decoder: Decoder,
     scheduler: Scheduler,
@@ -144,7 +168,7 @@ def _draw(
     if logits_BV is not None:
         logits_BV = seen.apply(logits_BV, first)
         early = [at for at, sample in enumerate(active) if len(sample.tokens) < sampling.min_new_tokens]
-        if early:
+        if early and stop_ids:
             logits_BV = logits_BV.clone()
             logits_BV[torch.tensor(early)[:, None], torch.tensor(sorted(stop_ids))] = float("-inf")
         noise = torch.stack([sample.noise[len(sample.tokens)] for sample in active])

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from megatron_zj.rollout.stop_text import StopText
+
 
 @dataclass
 class Sample:
@@ -20,9 +22,10 @@ class Sample:
     prompt: Tensor  # [P] int64
     noise: Tensor  # [max_new_tokens] float64
     limit: int  # tokens it may draw
+    stop_text: StopText | None = None  # None: no string ends it
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    stopped: bool = False  # ended by a stop token
+    stopped: bool = False  # ended by a stop token or string
 
     @property
     def done(self) -> bool:
@@ -33,7 +36,7 @@ class Sample:
         """Keep what was drawn."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        self.stopped = token in stop_ids
+        self.stopped = token in stop_ids or (self.stop_text is not None and self.stop_text.ends(token))
 
 
 class Scheduler:

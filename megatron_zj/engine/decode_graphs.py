@@ -1,0 +1,106 @@
+"""Decoding steps as CUDA graphs: a step of hundreds of small kernels is launched as one.
+
+A graph replays fixed kernels on fixed memory.  So a step reads its tokens and positions from buffers that never move,
+and its rows are padded to a bucket (a power of two, or all slots), one graph a bucket.  A padding row writes position 0
+of a slot that no row lives in and attends to that alone; nobody reads its logits.  A bucket's first step runs as it is,
+which compiles and warms up everything; the second is captured; the others are replays.
+
+B: active rows; V: vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kernels import dispatch
+from megatron_zj.parallel.groups import ParallelGroups
+
+
+class Graph(Protocol):
+    """Recorded work."""
+
+    def capture(self, work: Callable[[], Tensor]) -> Tensor:
+        """Record ``work``; its result's memory, which each replay fills anew."""
+
+    def replay(self) -> None:
+        """Do the recorded work."""
+
+
+class CudaGraph:
+    """``torch.cuda.CUDAGraph``, its memory from a pool of its own."""
+
+    def __init__(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+
+    def capture(self, work: Callable[[], Tensor]) -> Tensor:
+        """Record the kernels that ``work`` launches, without running them."""
+        with torch.cuda.graph(self._graph):
+            return work()
+
+    def replay(self) -> None:
+        """Launch them."""
+        self._graph.replay()
+
+
+def why_eager(groups: ParallelGroups, weight: Tensor) -> str | None:
+    """Why steps of this model cannot be captured; None: they can."""
+    if weight.device.type != "cuda":
+        return f"the device is {weight.device.type}"
+    if groups.pp_size > 1:
+        return "pipeline stages wait for one another's hidden states on the host"
+    if groups.tp_size > 1:
+        return "tensor-parallel ranks would have to capture and replay their collectives in step"
+    if dispatch.backend_of(weight) != "triton":
+        return "without Triton the attention reads the rows' lengths on the host"
+    return None
+
+
+class StepGraphs:
+    """Runs decoding steps of up to ``max_rows`` rows through graphs.  Lives as long as the memory its steps touch."""
+
+    def __init__(
+        self,
+        max_rows: int,
+        device: torch.device,
+        step: Callable[[Tensor, Tensor], Tensor],
+        new_graph: Callable[[], Graph] | None = CudaGraph,
+    ) -> None:
+        """``step``: tokens [rows] and their positions [rows] to logits [rows, V].  ``new_graph`` None: only pad."""
+        self._max_rows, self._step, self._new_graph = max_rows, step, new_graph
+        self._tokens = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self._positions = torch.zeros_like(self._tokens)
+        self._warm: set[int] = set()
+        self._captured: dict[int, tuple[Graph, Tensor]] = {}
+
+    def run(self, tokens_B: Tensor, positions: Sequence[int]) -> Tensor:
+        """Logits [B, V], in memory that the next step of the same bucket overwrites."""
+        rows = len(positions)
+        bucket = bucket_of(rows, self._max_rows)
+        self._tokens[:rows].copy_(tokens_B)
+        self._positions[:rows].copy_(torch.tensor(positions))
+        self._tokens[rows:bucket] = 0
+        self._positions[rows:bucket] = 0
+        return self._logits(bucket)[:rows]
+
+    def _logits(self, bucket: int) -> Tensor:
+        def work() -> Tensor:
+            return self._step(self._tokens[:bucket], self._positions[:bucket])
+
+        if self._new_graph is None or bucket not in self._warm:
+            self._warm.add(bucket)
+            return work()
+        if bucket not in self._captured:
+            graph = self._new_graph()
+            self._captured[bucket] = graph, graph.capture(work)
+        graph, logits = self._captured[bucket]
+        graph.replay()
+        return logits
+
+
+def bucket_of(rows: int, max_rows: int) -> int:
+    """The next power of two, at most ``max_rows``."""
+    return min(1 << (rows - 1).bit_length(), max_rows)
