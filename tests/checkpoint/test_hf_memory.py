@@ -20,8 +20,8 @@ from megatron_zj.models.canonical import canonical_tensors
 
 GIB = 1 << 30
 LARGE = ModelConfig(
-    vocab_size=32000, hidden_size=4096, ffn_hidden_size=11008, num_layers=9, num_attention_heads=32
-)  # 4.0 GiB in bf16
+    vocab_size=32000, hidden_size=4096, ffn_hidden_size=11008, num_layers=10, num_attention_heads=32
+)  # 4.3 GiB in bf16
 
 
 def _make(folder: Path, model: ModelConfig, max_shard_bytes: int) -> int:
