@@ -48,7 +48,7 @@ demo: $(STAMP)  ## raw text to an aligned model in minutes, with a report: runs/
 test: $(STAMP)  ## lint, types and every default test, in stages with their seconds (ARGS="--only unit,ranks")
 	@$(TEST) tools/run_tests.py $(ARGS)
 
-test-long: $(STAMP)  ## the long forms: kill campaigns, seeds, the whole layout matrix
+test-long: $(STAMP)  ## the long forms: kill campaigns, seeds, the whole layout matrix, other Tritons
 	@$(TEST) tools/run_tests.py --long $(ARGS)
 
 bench: $(STAMP)  ## measurements side by side: training step, packing, generation

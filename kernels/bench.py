@@ -2,14 +2,15 @@
 
 On CUDA each op is timed against what is found in the environment (torch eager, torch.compile, SDPA, Liger) and against
 ceilings measured in the same run: copy bandwidth and a square bf16 GEMM.  On a CPU the torch path of each op is timed
-against its naive form.  An op whose check is red is not timed.  Results go to JSON, with the fingerprint of the source
-and blocks they belong to.
+against its naive form.  An op whose check is red is not timed.  The table ends with each op beside its rivals: times
+and peak memory, and their ratios.  Results go to JSON, with the fingerprint of the source and blocks they belong to.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import platform
 import statistics
@@ -30,6 +31,7 @@ Run = Callable[[], object]
 OPS = ("attention", "decode_attention", "rms_norm", "rope", "swiglu", "linear_logprob", "reward_head", "ranking_loss",
        "value_head", "gae")  # fmt: skip
 CACHE_BYTES = 256 << 20  # written between runs so that no input is still in a cache
+LONGEST = 3000.0  # milliseconds after which a form is not run again, once it has run three times
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,21 @@ class Timing:
     rate: float  # GB/s or TFLOP/s
     unit: str
     percent: float | None  # of the ceiling measured in the same run; None: on a CPU
-    peak_mib: float | None  # memory beyond the inputs, MiB; None: on a CPU
+    peak_mib: float  # of tensors, beyond those that were there, MiB
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One op on one shape beside an alternative: a ratio above 1 is in our favour."""
+
+    op: str
+    shape: str
+    way: str  # "forward", "both"; "" where there is no backward pass
+    rival: str
+    milliseconds: tuple[float, float]  # ours, the rival's
+    times_faster: float
+    peak_mib: tuple[float, float]  # ours, the rival's
+    times_less_memory: float
 
 
 class Stopwatch:
@@ -54,10 +70,11 @@ class Stopwatch:
         self.flush = torch.empty(CACHE_BYTES if device.type == "cuda" else 0, dtype=torch.int8, device=device)
 
     def milliseconds(self, run: Run) -> float:
-        """The median over ``repeats`` runs, after two warm ones."""
+        """The median over ``repeats`` runs (three or more where they are long), after two warm ones."""
         for _ in range(2):
-            run()
-        return statistics.median(self._once(run) for _ in range(self.repeats))
+            warm = self._once(run)
+        enough = max(3, int(LONGEST / max(warm, 1e-3)))
+        return statistics.median(self._once(run) for _ in range(min(self.repeats, enough)))
 
     def _once(self, run: Run) -> float:
         if self.device.type != "cuda":
@@ -72,10 +89,14 @@ class Stopwatch:
         end.synchronize()
         return float(start.elapsed_time(end))
 
-    def peak_mib(self, run: Run) -> float | None:
-        """Memory a run takes beyond what is allocated already."""
+    def peak_mib(self, run: Run) -> float:
+        """Memory of tensors a run takes beyond what is allocated already, MiB."""
         if self.device.type != "cuda":
-            return None
+            with torch.autograd.profiler.profile(profile_memory=True) as profiler:
+                run()
+            steps = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
+            sizes = (event.nbytes() for event in sorted(steps, key=lambda event: event.start_ns()))
+            return max(itertools.accumulate(sizes), default=0) / 2**20
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -115,8 +136,6 @@ def time_case(case: Case, watch: Stopwatch, ceiling: Mapping[str, float]) -> lis
 
 def check(case: Case) -> str | None:
     """None where our result is close to the alternative's in fp32; else what is wrong."""
-    if case.verify is None:
-        return None
     for index, (ours, plain) in enumerate(zip(*case.verify(), strict=True)):
         error = (ours.float() - plain.float()).norm() / plain.float().norm().clamp(min=1e-20)
         if not bool(error < case.tolerance):
@@ -127,9 +146,42 @@ def check(case: Case) -> str | None:
 def line(timing: Timing) -> str:
     """One row of the printed table."""
     percent = "" if timing.percent is None else f"{timing.percent:5.1f} %"
-    peak = "" if timing.peak_mib is None else f"{timing.peak_mib:9.1f} MiB"
+    peak = f"{timing.peak_mib:9.1f} MiB"
     times = f"{timing.milliseconds:10.3f} ms {timing.rate:10.4g} {timing.unit:<7}"
     return f"{timing.op:<22} {timing.shape:<34} {timing.form:<14} {times} {percent} {peak}".rstrip() + "\n"
+
+
+def side_by_side(timings: Sequence[Timing]) -> list[Comparison]:
+    """Our default form of each op, shape and pass beside every other form of the same."""
+    found = []
+    ours = {(t.op, t.shape, way): t for t in timings for name, way in [_split(t.form)] if name == "ours"}
+    for timing in timings:
+        rival, way = _split(timing.form)
+        own = ours.get((timing.op, timing.shape, way))
+        if own is None or own is timing:
+            continue
+        faster = timing.milliseconds / own.milliseconds
+        less = max(timing.peak_mib, 1e-3) / max(own.peak_mib, 1e-3)
+        times, peaks = (own.milliseconds, timing.milliseconds), (own.peak_mib, timing.peak_mib)
+        found.append(Comparison(timing.op, timing.shape, way, rival, times, faster, peaks, less))
+    return found
+
+
+def _split(form: str) -> tuple[str, str]:
+    """'bare GEMM both' -> ('bare GEMM', 'both')."""
+    name, _, way = form.rpartition(" ")
+    return (name, way) if way in ("forward", "both") else (form, "")
+
+
+def comparison_table(comparisons: Sequence[Comparison]) -> str:
+    """One line a comparison: our time and memory, the rival's, and how many times better ours are."""
+    head = f"{'op':<17} {'shape':<30} {'pass':<8} {'rival':<10}"
+    lines = [f"{head} {'ours ms':>9} {'rival ms':>9} {'faster':>7} {'ours MiB':>9} {'rival MiB':>9} {'less':>7}"]
+    for c in comparisons:
+        times = f"{c.milliseconds[0]:9.2f} {c.milliseconds[1]:9.2f} {c.times_faster:6.2f}x"
+        peaks = f"{c.peak_mib[0]:9.1f} {c.peak_mib[1]:9.1f} {c.times_less_memory:6.2f}x"
+        lines.append(f"{c.op:<17} {c.shape:<30} {c.way:<8} {c.rival:<10} {times} {peaks}")
+    return "\n".join(lines) + "\n"
 
 
 def bench(ops: Sequence[str], device: torch.device, repeats: int) -> tuple[list[Timing], dict[str, float], list[str]]:
@@ -155,10 +207,12 @@ def bench(ops: Sequence[str], device: torch.device, repeats: int) -> tuple[list[
 def report(timings: Sequence[Timing], ceiling: Mapping[str, float], device: torch.device) -> dict[str, Any]:
     """What goes to JSON: enough to say later whether a number is stale."""
     record: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "ceilings": dict(ceiling),
         "timings": [asdict(timing) for timing in timings],
+        "side by side": [asdict(comparison) for comparison in side_by_side(timings)],
     }
     if device.type == "cuda" and dispatch.has_triton():
         configs = importlib.import_module("kernels.configs")
@@ -206,6 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unknown ops {sorted(unknown)}; known: {sorted(OPS)}")
     device = torch.device(chosen.device)
     timings, ceiling, red = bench(chosen.ops, device, chosen.repeats)
+    sys.stdout.write("\n" + comparison_table(side_by_side(timings)))
     chosen.out.write_text(json.dumps(report(timings, ceiling, device), indent=1), encoding="utf-8")
     if chosen.plot:
         plot(timings, chosen.plot)

@@ -1,8 +1,8 @@
-"""Prove the kernels: ``python -m kernels.check [lanes] [--long]``, from the root of a checkout.
+"""Prove the kernels: ``python -m kernels.check [lanes] [--long] [--triton VERSION]``, from the root of a checkout.
 
 Lanes: reference (torch against fp64), interpreter (Triton in its interpreter), mutation (planted bugs), compile (for
 GPUs that are not here); those four by default, one table at the end.  ``gpu`` runs the same proofs on the device,
-then the memory checker, then the benchmark.
+then the memory checker, then the benchmark.  ``--triton`` takes another version than the installed one.
 """
 
 from __future__ import annotations
@@ -56,9 +56,40 @@ def _command(lane: str, long: bool) -> tuple[list[str], list[str]]:
     return ["TRITON_DISABLE_LINE_INFO=1"], ["tests/kernels/compiled", *marks]
 
 
-def run_lane(lane: str, long: bool) -> Outcome:
-    """Run one lane in a process of its own."""
+class NoTritonError(Exception):
+    """The Triton version asked for could not be had."""
+
+
+def other_triton(version: str) -> list[str]:
+    """Environment settings under which this Triton is imported, all else as it is; downloaded at first use.
+
+    Its folder holds nothing else and comes first on the path.  Raises NoTritonError.
+    """
+    folder = Path(".triton", version).absolute()
+    settings = [f"PYTHONPATH={folder}"]
+
+    def found() -> str:
+        code = "import triton; print(triton.__version__)"
+        return subprocess.run(
+            ["env", *settings, sys.executable, "-c", code], check=False, capture_output=True, text=True
+        ).stdout.strip()
+
+    if found() != version:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        subprocess.run([*pip, "--upgrade", "--target", str(folder), f"triton=={version}"], check=False)
+    if (have := found()) != version:
+        raise NoTritonError(f"could not install triton=={version} into {folder} (there is {have or 'none'})")
+    return settings
+
+
+def run_lane(lane: str, long: bool, version: str | None = None) -> Outcome:
+    """Run one lane in a process of its own; ``version``: of Triton, None: the installed one."""
     settings, arguments = _command(lane, long)
+    if version is not None:
+        try:
+            settings, lane = [*settings, *other_triton(version)], f"{lane} {version}"
+        except NoTritonError as error:
+            return Outcome(f"{lane} {version}", 0, 1, 0, 0.0, str(error))
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="lane-") as folder:
         report = Path(folder) / "report.xml"
@@ -76,10 +107,10 @@ def run_lane(lane: str, long: bool) -> Outcome:
 
 def table(outcomes: list[Outcome]) -> str:
     """The lanes, one line each."""
-    lines = [f"{'lane':<12} {'passed':>7} {'failed':>7} {'skipped':>8} {'seconds':>8}"]
+    lines = [f"{'lane':<18} {'passed':>7} {'failed':>7} {'skipped':>8} {'seconds':>8}"]
     for outcome in outcomes:
         numbers = f"{outcome.passed:>7} {outcome.failed:>7} {outcome.skipped:>8} {outcome.seconds:>8.1f}"
-        lines.append(f"{outcome.lane:<12} {numbers}  {outcome.note}".rstrip())
+        lines.append(f"{outcome.lane:<18} {numbers}  {outcome.note}".rstrip())
     return "\n".join(lines) + "\n"
 
 
@@ -109,6 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("lanes", nargs="*", choices=[*LANES, "gpu", []], help="default: the four that need no GPU")
     parser.add_argument("--long", action="store_true", help="every bug, every table entry, every architecture")
     parser.add_argument("--write", action="store_true", help="with compile: renew kernels/resources.json first")
+    parser.add_argument("--triton", metavar="VERSION", help="run the lanes on this Triton (kept in .triton/VERSION)")
     chosen = parser.parse_args(arguments)
     if not Path("tests/kernels").is_dir():
         parser.error("run this from the root of a checkout: the proofs are in tests/kernels")
@@ -117,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
         subprocess.run(["env", "TRITON_DISABLE_LINE_INFO=1", sys.executable, "-c", write], check=True)
     outcomes: list[Outcome] = []
     for lane in chosen.lanes or LANES:
-        outcomes += gpu() if lane == "gpu" else [run_lane(lane, chosen.long)]
+        outcomes += gpu() if lane == "gpu" else [run_lane(lane, chosen.long, chosen.triton)]
     staleness = importlib.import_module("kernels.staleness") if dispatch.has_triton() else None
     timings = "" if staleness is None else f"timings: {staleness.summary()}\n"
     sys.stdout.write("\n" + table(outcomes) + timings)

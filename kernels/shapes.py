@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kernels import dispatch
 from kernels.attention import attention, decode_attention
 from kernels.gae import gae
 from kernels.linear_logprob import linear_logprob
@@ -33,7 +35,7 @@ class Case:
     forms: Mapping[str, Run]
     work: float  # bytes that must move, or floating-point operations
     unit: str  # "GB/s" or "TFLOP/s"
-    verify: Results | None = None  # our results and plain torch's
+    verify: Results  # our results and plain torch's
     tolerance: float = field(default=2e-2)
 
 
@@ -115,6 +117,13 @@ def _attention(
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
         return attention(q, k, v, cu, cu_seqlens_q_list=ends)[:1]
 
+    def in_form(form: dispatch.DenseForm) -> Callable[..., Sequence[Tensor]]:
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
+            with dispatch.use_dense(form):
+                return ours(q, k, v)
+
+        return run
+
     def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
         q, k, v = (x.view(rows, length, -1, dim).transpose(1, 2) for x in (q, k, v))
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -123,8 +132,13 @@ def _attention(
     named: dict[str, Callable[..., Sequence[Tensor]]] = {"ours": ours}
     if device.type != "cuda":
         named["naive"] = lambda q, k, v: _naive_attention(q, k, v, lengths)
+    elif not packed:
+        named["ours tma"] = in_form("tma")
+        named["ours specialized"] = in_form("specialized")
     if not packed:
         named["sdpa"] = sdpa
+        for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION") if device.type == "cuda" else ():
+            named[f"sdpa {name.split('_')[0].lower()}"] = sdpa_kernel(getattr(SDPBackend, name))(sdpa)
     flops = sum(2 * 2 * heads * dim * size * size / 2 for size in lengths)
     size = min(ends[1], 512)  # the naive form holds size x size scores
     first = torch.tensor([0, size], dtype=torch.int32, device=device)
@@ -241,23 +255,28 @@ def _gae(device: torch.device, rows: int, length: int) -> Case:
     ends = list(range(0, rows * length + 1, length))
     cu = torch.tensor(ends, dtype=torch.int32, device=device)
 
-    def naive() -> Tensor:
+    def naive(rewards: Tensor, values: Tensor) -> Tensor:
         found = torch.zeros_like(rewards)
-        for row in range(rows):
+        for start in range(0, len(rewards), length):
             carried, after = rewards.new_zeros(()), rewards.new_zeros(())
-            for t in reversed(range(ends[row], ends[row + 1])):
+            for t in reversed(range(start, start + length)):
                 carried = rewards[t] + 0.99 * after - values[t] + 0.99 * 0.95 * carried
                 after = values[t]
                 found[t] = carried
         return found
 
-    def ours() -> tuple[Tensor, Tensor]:
-        return gae(rewards, values, cu, gamma=0.99, lam=0.95, cu_seqlens_list=ends)
+    def ours(count: int = rows) -> tuple[Tensor, Tensor]:
+        given = rewards[: count * length], values[: count * length], cu[: count + 1]
+        return gae(*given, gamma=0.99, lam=0.95, cu_seqlens_list=ends[: count + 1])
+
+    def verify() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        first = (x[: 2 * length].cpu() for x in (rewards, values))
+        return [ours(2)[0].cpu()], [naive(*first)]
 
     forms: dict[str, Run] = {"ours": ours}
     if device.type != "cuda":
-        forms["naive"] = naive
-    return Case("gae", f"{rows} x {length}", forms, 16.0 * rows * length, "GB/s")
+        forms["naive"] = lambda: naive(rewards, values)
+    return Case("gae", f"{rows} x {length}", forms, 16.0 * rows * length, "GB/s", verify)
 
 
 def _value(device: torch.device, tokens: int, width: int) -> Case:
@@ -300,6 +319,15 @@ def _reward(device: torch.device, rows: int, length: int, width: int) -> list[Ca
     )  # fmt: skip
 
     def ranked(scores: Tensor) -> Sequence[Tensor]:
-        return ranking_loss(scores, groups, ranks)[:1]
+        return [ranking_loss(scores, groups, ranks).loss.sum()]
 
-    return [head, Case("ranking_loss", f"{rows} rows of 4", _forms({"ours": ranked}, [scores]), 32.0 * rows, "GB/s")]
+    def pairs(scores: Tensor) -> Sequence[Tensor]:
+        gaps = scores.view(-1, 4, 1) - scores.view(-1, 1, 4)
+        losses = torch.nn.functional.softplus(-gaps).triu(1)  # ranks rise within a group
+        return [losses.sum((1, 2)).div(6).sum()]
+
+    ranking = Case(
+        "ranking_loss", f"{rows} rows of 4", _forms(_alternatives(device, ranked, pairs), [scores]), 32.0 * rows,
+        "GB/s", lambda: (ranked(scores), pairs(scores)),
+    )  # fmt: skip
+    return [head, ranking]

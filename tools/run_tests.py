@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = (sys.executable, "-m", "pytest")
 KERNELS = (sys.executable, "-m", "kernels.check")
+OTHER_TRITONS = ("3.6.0", "3.9.0")  # beside the lock's; downloaded into .triton/ at first use
 DEFAULT = "not slow and not gpu and not multi_gpu"
 NUM_WORKERS = max(1, min(4, len(os.sched_getaffinity(0))))
 
@@ -106,8 +107,22 @@ def default_stages() -> list[Stage]:
 def long_stages() -> list[Stage]:
     """What ``make test-long`` runs."""
     return [
-        Stage("long", "every test marked slow", pytest_over("tests", "slow and not gpu and not multi_gpu"), 4 * 3600),
+        Stage(
+            "long",
+            "every test marked slow, the kernels apart",
+            pytest_over("tests --ignore=tests/kernels", "slow and not gpu and not multi_gpu"),
+            4 * 3600,
+        ),
         Stage("kernels", "every planted bug, every architecture", (*KERNELS, "--long"), 2 * 3600),
+        *(
+            Stage(
+                f"triton-{version}",
+                f"interpreter and compilation on Triton {version}",
+                (*KERNELS, "interpreter", "compile", "--triton", version),
+                3600,
+            )
+            for version in OTHER_TRITONS
+        ),
         *(
             Stage(
                 f"demo-{seed}",

@@ -21,7 +21,7 @@ def loss(
     if clip is None:
         larger_T, clipped_T = plain_T, torch.zeros_like(plain_T, dtype=torch.bool)
     else:
-        near_T = old_values_T + (values_T - old_values_T).clamp(-clip, clip)
+        near_T = values_T.clamp(old_values_T - clip, old_values_T + clip)  # in range: the value itself, unrounded
         other_T = (near_T - returns_T).square()
         clipped_T = other_T > plain_T
         larger_T = torch.where(clipped_T, other_T, plain_T)

@@ -39,7 +39,7 @@ def value_head_forward(
         clipped = token < 0
         if HAS_CLIP:
             old = tl.load(old_ptr + token, mask=here, other=0.0).to(tl.float32)
-            near = old + tl.minimum(tl.maximum(value - old, -clip), clip)
+            near = tl.minimum(tl.maximum(value, old - clip), old + clip)
             other = (near - target) * (near - target)
             clipped = other > loss
             loss = tl.maximum(loss, other)

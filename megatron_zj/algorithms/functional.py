@@ -39,24 +39,6 @@ def clipped_policy_loss(
     return -gain, bound.to(ratio.dtype)
 
 
-def clipped_value_loss(
-    values_T: Tensor, old_values_T: Tensor, returns_T: Tensor, clip_value: float | None
-) -> tuple[Tensor, Tensor]:
-    """Half the squared error, at least that of the value clipped around the old one (PPO's reference code).
-
-    ``clip_value`` None: no clip.  Returns loss [T] and a 0/1 indicator [T] of where the clip binds.
-    """
-    free_error = (values_T - returns_T).square()
-    if clip_value is None:
-        return 0.5 * free_error, torch.zeros_like(free_error)
-    clipped = old_values_T + (values_T - old_values_T).clamp(-clip_value, clip_value)
-    clipped_error = (clipped - returns_T).square()
-    # inside the range the two errors differ by rounding alone, which is not the clip at work
-    outside = (values_T - old_values_T).abs() > clip_value
-    binds_T = (outside & (clipped_error > free_error)).to(values_T.dtype)
-    return 0.5 * torch.maximum(free_error, clipped_error), binds_T
-
-
 def approx_kl(log_ratio_T: Tensor) -> Tensor:
     """The k3 estimate of KL(old || new) of each token: r - 1 - log r, never negative (Schulman 2020)."""
     return log_ratio_T.exp() - 1.0 - log_ratio_T

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kernels.value_head import value_loss
 from megatron_zj.algorithms.functional import (
     approx_kl,
     clipped_policy_loss,
-    clipped_value_loss,
     estimate_kl,
     importance_weights,
 )
@@ -61,6 +61,10 @@ class PolicyObjective:
         """Response tokens, or rows."""
         return (batch.per_token["loss_count"] * batch.targets).sum()
 
+    def needs(self, batch: PackedBatch) -> Tensor:
+        """[T]: response tokens."""
+        return batch.per_token["loss_weight"]
+
     def __call__(self, outputs: dict[str, Tensor], batch: PackedBatch) -> LossTerms:
         fields, weight_T = batch.per_token, batch.per_token["loss_weight"] * batch.targets
         log_ratio_T = (outputs["logprobs"] - fields["old_logprobs"]) * (weight_T > 0)
@@ -97,7 +101,7 @@ class ValueObjective:
 
     def __call__(self, outputs: dict[str, Tensor], batch: PackedBatch) -> LossTerms:
         weight_T = batch.per_token["loss_weight"] * batch.targets
-        loss_T, clipped_T = clipped_value_loss(
-            outputs["values"], batch.per_token["old_values"], batch.per_token["returns"], self.clip_value
+        loss_T, clipped_T = value_loss(
+            outputs["values"], batch.per_token["old_values"], batch.per_token["returns"], clip=self.clip_value
         )
         return LossTerms((loss_T * weight_T).sum(), {"clip_fraction": (clipped_T * weight_T).sum()})

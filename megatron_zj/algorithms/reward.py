@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kernels.reward_head import ranking_loss
 from megatron_zj.algorithms.functional import wins
 from megatron_zj.config.model import Want
 from megatron_zj.data.batch import GROUP
@@ -53,14 +54,12 @@ class RankedGroups:
         margin_P = scores_R[better] - scores_R[worse]
         if self.loss == "plackett_luce":
             loss = _choices(scores_R, batch, slot_R)
-        else:
+        elif per_token:
             gap_P = (batch.per_row["rank"][worse] - batch.per_row["rank"][better]).to(scores_R)
-            if per_token:
-                terms_P = _per_token(outputs["values"], batch, better, worse, self.margin * gap_P)
-            else:
-                terms_P = -torch.nn.functional.logsigmoid(margin_P - self.margin * gap_P)
-            share_P = 1.0 / pairs_of_group[slot_R[better]].to(scores_R.dtype)
-            loss = (terms_P * share_P).sum()
+            terms_P = _per_token(outputs["values"], batch, better, worse, self.margin * gap_P)
+            loss = (terms_P / pairs_of_group[slot_R[better]].to(scores_R.dtype)).sum()
+        else:
+            loss = ranking_loss(scores_R, slot_R, batch.per_row["rank"].to(slot_R), margin=self.margin).loss.sum()
         if self.centering:
             rows_of_group = torch.bincount(slot_R)
             sums = torch.zeros(len(rows_of_group), dtype=scores_R.dtype, device=scores_R.device)

@@ -345,6 +345,8 @@ def test_value_loss_takes_the_larger_of_plain_and_clipped() -> None:
     loss, clipped = value_loss(values, old, returns, clip=0.2, mask_T=mask)
     torch.testing.assert_close(loss, torch.tensor([0.5 * 1.8**2, 0.5 * 1.8**2, 0.5 * 2.8**2, 0.0]).double())
     assert clipped.tolist() == [True, True, True, False]
+    near = (torch.tensor([number]) for number in (0.031472098082304, 0.10584919154644012, 0.02260744757950306))
+    assert not value_loss(*near, clip=0.2)[1].any()  # within the range, though old + (v - old) is not v when rounded
     plain, none = value_loss(values, old, returns, clip=None)
     torch.testing.assert_close(plain, 0.5 * (values - returns).square())
     assert not none.any()
