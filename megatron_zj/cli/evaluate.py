@@ -163,22 +163,19 @@ def _preference(model: LoadedModel, config: EvaluationConfig, files: Sequence[Pa
 def _cami(model: LoadedModel, config: EvaluationConfig, files: Sequence[Path]) -> Json:
     letters = _letters(model, files, CAMI_ITEMS, CAMI_OPTIONS)
     result = score_cami(letters)
-    return {**result.subscales, "num_unanswered": result.num_unanswered, "constant": result.constant, **_said(letters)}
+    whole = {"num_unanswered": result.num_unanswered, "constant": result.constant, "letters": "".join(letters)}
+    return {**result.subscales, **whole}
 
 
 def _mica(model: LoadedModel, config: EvaluationConfig, files: Sequence[Path]) -> Json:
     letters = _letters(model, files, MICA_ITEMS, MICA_OPTIONS)
-    return {**dataclasses.asdict(score_mica(letters)), **_said(letters)}
+    return {**dataclasses.asdict(score_mica(letters)), "letters": "".join(letters)}
 
 
 def _letters(model: LoadedModel, files: Sequence[Path], num_items: int, options: Sequence[str]) -> list[str]:
     """The answers to a scale, which one file holds; it has no part to ask alone, so ``limit`` does not apply."""
     items = [item for path in files for item in read_items(path, num_items)]
     return answer_scale(items, options, _codec(model), model.option_logprobs)
-
-
-def _said(letters: Sequence[str]) -> Json:
-    return {"letters": "".join(letters)}
 
 
 SUITES: dict[Suite, Callable[[LoadedModel, EvaluationConfig, Sequence[Path]], Json]] = {
