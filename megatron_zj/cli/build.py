@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -193,8 +193,11 @@ def build_parts(
 ) -> Parts:
     """Rollout and the rest of what an algorithm is made of."""
 
+    def decode(ids: Sequence[int]) -> str:  # a model may have rows that the tokenizer has no piece for
+        return tokenizer.decode([token_id for token_id in ids if token_id < tokenizer.vocab_size])
+
     def rollout(sampling: SamplingConfig) -> Rollout:
-        return Rollout(sampling, frozenset({tokenizer.eos_id}), config.run.seed)
+        return Rollout(sampling, frozenset({tokenizer.eos_id}), config.run.seed, decode)
 
     return Parts(
         roles=roles,
@@ -205,7 +208,7 @@ def build_parts(
         seed=config.run.seed,
         timers=timers,
         score_scale=scale,
-        decode=lambda ids: tokenizer.decode(list(ids)),
+        decode=decode,
     )
 
 

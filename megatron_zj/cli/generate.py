@@ -48,19 +48,14 @@ def generate_answers(config: InferenceConfig, process: Process) -> None:
     def show(done: int) -> None:
         bar.update(done - bar.n)
 
-    answers = model.continuations(prompts, config.sampling, show)
+    answers = model.answers(prompts, config.sampling, show)
     bar.close()
     if process.rank == 0:
         target = config.run.dir / ANSWERS
         part = target.with_suffix(".part")
         with part.open("w", encoding="utf-8") as file:
-            for record, ids in zip(records, answers, strict=True):
-                finished = bool(ids) and ids[-1] == model.tokenizer.eos_id
-                line = {
-                    "prompt": record.messages[-1].content,
-                    "answer": model.text(ids),
-                    "finished": finished,
-                }
+            for record, (text, finished) in zip(records, answers, strict=True):
+                line = {"prompt": record.messages[-1].content, "answer": text, "finished": finished}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         os.replace(part, target)
         logger.info("%d answers in %s", len(answers), target)

@@ -99,28 +99,31 @@ class LoadedModel:
         prompts: Sequence[Sequence[int]],
         sampling: SamplingConfig,
         on_progress: Callable[[int], None] | None = None,
-    ) -> list[list[int]]:
-        """Sampled ids after each prompt, the stop token included when there is one."""
+    ) -> list[tuple[list[int], bool]]:
+        """Sampled ids after each prompt, the stop token or string included, and whether there was one."""
         self._require("lm", "answers")
         self._require_room(prompts, sampling.max_new_tokens)
-        rollout = Rollout(sampling, frozenset({self.tokenizer.eos_id}), self.seed)
-        answers: list[list[int]] = []
+        rollout = Rollout(sampling, frozenset({self.tokenizer.eos_id}), self.seed, self.text)
+        answers: list[tuple[list[int], bool]] = []
         for start, chunk in _chunks(prompts):
             local, first = self._share(chunk)
             batch = self._batch(local, torch.arange(start + first, start + first + len(local)))
             samples = self.role.generate(rollout.at_step(0), batch).local
-            lengths = samples.per_row["prompt_length"].tolist()
-            mine = [row[length:].tolist() for row, length in zip(samples.tokens.split(), lengths, strict=True)]
-            answers += gather_in_order(mine)
+            lengths, cut = samples.per_row["prompt_length"].tolist(), samples.per_row["truncated"].tolist()
+            ids = [row[length:].tolist() for row, length in zip(samples.tokens.split(), lengths, strict=True)]
+            answers += gather_in_order([(one, not off) for one, off in zip(ids, cut, strict=True)])
             if on_progress is not None:
                 on_progress(len(answers))
         return answers
 
-    def answers(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig) -> list[tuple[str, bool]]:
+    def answers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[tuple[str, bool]]:
         """Sampled texts, and whether each ended by itself."""
-        eos = self.tokenizer.eos_id
-        found = self.continuations(prompts, sampling)
-        return [(self.text(ids), bool(ids) and ids[-1] == eos) for ids in found]
+        return [(self.text(ids), ended) for ids, ended in self.continuations(prompts, sampling, on_progress)]
 
     def text(self, ids: Sequence[int]) -> str:
         """What the ids say.  A model may have rows that the tokenizer has no piece for; such an id says nothing."""

@@ -160,7 +160,32 @@ def _continuations(overrides: list[str]) -> tuple[list[list[int]], list[list[int
     rank, size = dist.get_rank(), dist.get_world_size()
     model = LoadedModel(config, Process(rank, rank, size, torch.device("cpu")))
     prompts = [render_prompt([Message("user", text)], model.template, model.tokenizer) for text in QUESTIONS]
-    return prompts, model.continuations(prompts, dataclasses.replace(config.sampling, temperature=0.0))
+    found = model.continuations(prompts, dataclasses.replace(config.sampling, temperature=0.0))
+    return prompts, [ids for ids, _ended in found]
+
+
+def _texts(overrides: list[str]) -> list[tuple[str, bool]]:
+    """Answers and whether they ended by themselves."""
+    config = compose_inference(overrides, InferenceConfig)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    model = LoadedModel(config, Process(rank, rank, size, torch.device("cpu")))
+    prompts = [render_prompt([Message("user", text)], model.template, model.tokenizer) for text in QUESTIONS]
+    return model.answers(prompts, config.sampling)
+
+
+def test_a_stop_string_ends_an_answer_and_stays_in_it_on_every_layout(world: Path) -> None:
+    argv = [f"checkpoint.load={world / 'sft'}", "sampling.max_new_tokens=24", "run.seed=3"]
+    whole = run_ranks(1, _texts, argv)[0]
+    text = max((text for text, _ended in whole), key=len)
+    stop = text[len(text) // 2]
+    argv.append(f"sampling.stop_strings=['{stop}']")
+    found = run_ranks(1, _texts, argv)[0]
+    assert run_ranks(2, _texts, [*argv, "parallel.tp=2"])[0] == found
+    for (short, ended), (full, _) in zip(found, whole, strict=True):
+        assert full.startswith(short)
+        assert (stop in full) == (stop in short)
+        assert ended or stop not in short
+    assert any(short != full for (short, _), (full, _) in zip(found, whole, strict=True))
 
 
 def _greedy(folder: Path, prompt: list[int], count: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ from megatron_zj.config.optim import EngineConfig
 from megatron_zj.config.parallel import ParallelConfig
 from megatron_zj.data.batch import Batch, Rows
 from megatron_zj.engine.build import build_engine
+from megatron_zj.engine.decode import Decoder
 from megatron_zj.models.canonical import read_stage
 from megatron_zj.roles.exchange import Exchange
 from megatron_zj.roles.placement import ALL, build_placements
 from megatron_zj.roles.role import Role
 from megatron_zj.roles.world import World, WorldBatch, gather_in_order
-from megatron_zj.rollout.generate import Rollout
+from megatron_zj.rollout.generate import Rollout, generate
 from megatron_zj.rollout.sampling import draw, sample_noise
 from tests.helpers.ranks import run_ranks
 from tests.helpers.reference_llama import ReferenceLlama
@@ -39,8 +41,16 @@ STOP, SEED = 3, 11
 SAMPLED = SamplingConfig(max_new_tokens=14, temperature=0.8, top_p=0.9, top_k=40, max_batch_rows=3)
 GREEDY = SamplingConfig(max_new_tokens=10, temperature=0.0, min_new_tokens=4, max_batch_rows=2)
 PENALISED = SamplingConfig(max_new_tokens=8, temperature=1.0, repetition_penalty=1.5)
+STRINGS = tuple(map(chr, range(ord("A") + 20, ord("A") + 32)))
+TEXT = SamplingConfig(max_new_tokens=12, min_new_tokens=2, stop_strings=STRINGS, max_batch_rows=4)
+CONFIGS = (SAMPLED, GREEDY, PENALISED, TEXT)
 
 Answer = tuple[list[int], list[float], int]
+
+
+def _decode(ids: Sequence[int]) -> str:
+    """A letter a token."""
+    return "".join(chr(ord("A") + token) for token in ids)
 
 
 def _role(model: ModelConfig, parallel: ParallelConfig) -> Role:
@@ -51,13 +61,13 @@ def _role(model: ModelConfig, parallel: ParallelConfig) -> Role:
     return Role("actor", placement, engine, Exchange())
 
 
-def _generate(model: ModelConfig, parallel: ParallelConfig, configs: list[SamplingConfig]) -> list[list[Answer]]:
+def _generate(model: ModelConfig, parallel: ParallelConfig, configs: Sequence[SamplingConfig]) -> list[list[Answer]]:
     role, world = _role(model, parallel), World.current()
     ids = list(range(len(PROMPTS)))[world.rank :: world.size]  # not in rank order
     local = Batch(Rows.of([PROMPTS[i] for i in ids], torch.int64), {}, {"sample_id": torch.tensor(ids)})
     answers = []
     for config in configs:
-        rollout = Rollout(config, frozenset({STOP}), SEED)
+        rollout = Rollout(config, frozenset({STOP}), SEED, _decode)
         samples = role.generate(rollout.at_step(2), WorldBatch.gather(local)).local
         starts = samples.per_row["prompt_length"].tolist()
         mine = []
@@ -83,7 +93,7 @@ def _reference(llama: ReferenceLlama, config: SamplingConfig) -> list[Answer]:
     for sample_id, prompt in enumerate(PROMPTS):
         noise = sample_noise(SEED, 2, sample_id, config.max_new_tokens)
         tokens, found, logprobs = list(prompt), [], []
-        while len(found) < config.max_new_tokens and (not found or found[-1] != STOP):
+        while len(found) < config.max_new_tokens and not _ended(found, config):
             logits = llama.logits(torch.tensor(tokens))[-1:, : MODEL.vocab_size].float()
             if config.repetition_penalty != 1.0:
                 seen = torch.zeros_like(logits, dtype=torch.bool)
@@ -96,8 +106,13 @@ def _reference(llama: ReferenceLlama, config: SamplingConfig) -> list[Answer]:
             found.append(int(token))
             tokens.append(int(token))
             logprobs.append(float(logprob))
-        answers.append((found, logprobs, int(found[-1] != STOP)))
+        answers.append((found, logprobs, int(not _ended(found, config))))
     return answers
+
+
+def _ended(found: list[int], config: SamplingConfig) -> bool:
+    text = any(string in _decode(found[-1:]) for string in config.stop_strings)
+    return found[-1:] == [STOP] or (text and len(found) >= config.min_new_tokens)
 
 
 def _check(found: list[Answer], expected: list[Answer]) -> None:
@@ -122,18 +137,109 @@ def expected() -> list[list[Answer]]:
     weights = run_ranks(1, _weights, MODEL)[0]
     llama = ReferenceLlama(MODEL, "lm", state=weights, dtype=torch.float32)
     with torch.no_grad():
-        answers = [_reference(llama, config) for config in (SAMPLED, GREEDY, PENALISED)]
-    ends = [answer[2] for some in answers for answer in some]
-    assert 0 < sum(ends) < len(ends)  # the test has both truncated and stopped answers
+        answers = [_reference(llama, config) for config in CONFIGS]
+    for some in (answers[0] + answers[1] + answers[2], answers[3]):
+        ends = [answer[2] for answer in some]
+        assert 0 < sum(ends) < len(ends)  # the test has both truncated and stopped answers, by token and by text
     return answers
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tokens_equal_the_uncached_reference(layout: str, expected: list[list[Answer]]) -> None:
     world, parallel = LAYOUTS[layout]
-    for answers in run_ranks(world, _generate, MODEL, parallel, [SAMPLED, GREEDY, PENALISED]):
+    for answers in run_ranks(world, _generate, MODEL, parallel, CONFIGS):
         for found, wanted in zip(answers, expected, strict=True):
             _check(found, wanted)
+
+
+LONG_LAYOUTS = {
+    **LAYOUTS,
+    "tp2": (2, ParallelConfig(tp=2)),
+    "tp2 pp2": (4, ParallelConfig(tp=2, pp=2)),
+    "cp2": (2, ParallelConfig(cp=2)),
+}
+LONG_MODEL = dataclasses.replace(MODEL, max_position_embeddings=520)
+LONG = [SamplingConfig(max_new_tokens=500, min_new_tokens=500, temperature=0.9, max_batch_rows=3)]
+
+
+@pytest.fixture(scope="module")
+def long_answers() -> list[Answer]:
+    answers: list[Answer] = run_ranks(1, _generate, LONG_MODEL, ParallelConfig(), LONG)[0][0]
+    return answers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LONG_LAYOUTS)
+def test_500_tokens_are_the_same_on_every_layout(layout: str, long_answers: list[Answer]) -> None:
+    assert all(len(answer[0]) == 500 and len(set(answer[0])) > 40 for answer in long_answers)
+    world, parallel = LONG_LAYOUTS[layout]
+    for answers in run_ranks(world, _generate, LONG_MODEL, parallel, LONG):
+        for found, wanted in zip(answers[0], long_answers, strict=True):
+            assert found[0] == wanted[0]
+            assert found[1] == pytest.approx(wanted[1], abs=5e-5)
+
+
+def _many(max_batch_rows: int) -> tuple[list[list[int]], list[int]]:
+    """Three samples of each prompt, several rows at once; and the rows of every decoding step."""
+    engine = _role(MODEL, ParallelConfig()).engine
+    assert engine is not None
+    sizes: list[int] = []
+    decode = Decoder.decode
+
+    def counting(self: Decoder, tokens_B: torch.Tensor) -> torch.Tensor | None:
+        sizes.append(len(tokens_B))
+        return decode(self, tokens_B)
+
+    Decoder.decode = counting  # type: ignore[method-assign]
+    rows = Rows.of([prompt for prompt in PROMPTS for _ in range(3)], torch.int64)
+    prompts = Batch(rows, {}, {"sample_id": torch.arange(len(rows))})
+    config = dataclasses.replace(SAMPLED, max_batch_rows=max_batch_rows)
+    found = generate(engine, prompts, config, stop_ids=frozenset(range(12)), seed=SEED)
+    return [row.tolist() for row in found.tokens.split()], sizes
+
+
+def test_samples_of_a_prompt_differ_and_do_not_depend_on_who_is_decoded_beside_them() -> None:
+    alone, _ = run_ranks(1, _many, 1)[0]
+    together, sizes = run_ranks(1, _many, 4)[0]
+    assert alone == together
+    assert all(len({tuple(row) for row in alone[at : at + 3]}) > 1 for at in range(0, len(alone), 3))
+    lengths = [len(row) - len(PROMPTS[at // 3]) for at, row in enumerate(alone)]
+    batches = [max(lengths[at : at + 4]) - 1 for at in range(0, len(lengths), 4)]
+    assert max(sizes) == 4
+    assert len(sizes) < sum(batches)  # a row that ends makes room at once: fewer steps than batch after batch
+
+
+def _lengths(shortest: int, longest: int) -> list[int]:
+    engine = _role(MODEL, ParallelConfig()).engine
+    assert engine is not None
+    rows = Rows.of(PROMPTS, torch.int64)
+    config = SamplingConfig(min_new_tokens=shortest, max_new_tokens=longest)
+    prompts = Batch(rows, {}, {"sample_id": torch.arange(len(rows))})
+    found = generate(engine, prompts, config, stop_ids=frozenset(range(60)), seed=SEED)
+    return (found.tokens.lengths - found.per_row["prompt_length"]).tolist()
+
+
+def test_answers_keep_to_minimum_and_maximum_length() -> None:
+    assert min(run_ranks(1, _lengths, 0, 9)[0]) < 4  # two tokens of three are stop tokens
+    found = run_ranks(1, _lengths, 4, 9)[0]
+    assert min(found) >= 4
+    assert max(found) <= 9
+    assert run_ranks(1, _lengths, 6, 6)[0] == [6] * len(PROMPTS)
+
+
+def _without_a_tokenizer() -> str:
+    engine = _role(MODEL, ParallelConfig()).engine
+    assert engine is not None
+    prompts = Batch(Rows.of(PROMPTS, torch.int64), {}, {"sample_id": torch.arange(len(PROMPTS))})
+    try:
+        generate(engine, prompts, TEXT, stop_ids=frozenset(), seed=SEED)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_stop_strings_without_a_tokenizer_are_refused() -> None:
+    assert "stop_strings need a tokenizer" in run_ranks(1, _without_a_tokenizer)[0]
 
 
 def test_tied_embeddings_decode_with_the_embedding() -> None:

@@ -1,0 +1,181 @@
+"""Decoding through recorded steps equals decoding step by step, and a bucket is recorded once.
+
+Without a GPU a tape of torch operators stands in for the graph: like a graph it reads and writes the memory it was
+recorded on and knows nothing of Python, so a step that took a length or a tensor from anywhere else would go wrong.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_zj.config.algorithm import SamplingConfig
+from megatron_zj.config.model import ModelConfig
+from megatron_zj.config.optim import EngineConfig
+from megatron_zj.config.parallel import ParallelConfig
+from megatron_zj.data.batch import Batch, Rows
+from megatron_zj.engine import decode
+from megatron_zj.engine.build import build_engine
+from megatron_zj.engine.decode import Decoder
+from megatron_zj.engine.decode_graphs import bucket_of, why_eager
+from megatron_zj.engine.engine import Engine
+from megatron_zj.roles.placement import ALL, build_placements
+from megatron_zj.rollout.generate import generate
+from tests.helpers.ranks import run_ranks
+
+MODEL = ModelConfig(
+    vocab_size=90,
+    hidden_size=128,
+    ffn_hidden_size=64,
+    num_layers=2,
+    num_attention_heads=2,
+    num_query_groups=1,
+    max_position_embeddings=64,
+    init_std=0.15,
+)
+PROMPTS = [[5, 9, 2], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [30, 31], [60, 61, 62], [8, 8]]
+
+
+class Tape(TorchDispatchMode):
+    """What a graph does: work recorded once, done again on the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        self.replays = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if not func.is_view:  # a view of recorded memory stays one
+            self.calls.append((func, args, kwargs or {}, _tensors(found)))
+        return found
+
+    def capture(self, work: Callable[[], Tensor]) -> Tensor:
+        with self:
+            found = work()
+        return found.fill_(float("nan"))  # recording computes nothing
+
+    def replay(self) -> None:
+        self.replays += 1
+        for func, args, kwargs, outputs in self.calls:
+            found = func(*args, **kwargs)
+            for old, new in zip(outputs, _tensors(found), strict=True):
+                if old is not new:
+                    old.copy_(new)
+
+
+def _tensors(found: Any) -> list[Tensor]:
+    return [value for value in (found if isinstance(found, (tuple, list)) else [found]) if torch.is_tensor(value)]
+
+
+def _attention_without_the_host(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+    """What the Triton kernel computes, in operators that a tape can repeat."""
+    rows, heads, size = query.shape
+    groups = keys.shape[2]
+    seen = torch.arange(keys.shape[1])[None] < lengths[:, None]
+    scores = torch.einsum("rghd,rsgd->rghs", query.view(rows, groups, -1, size), keys) * size**-0.5
+    weights = scores.masked_fill(~seen[:, None, None], float("-inf")).softmax(-1)
+    return torch.einsum("rghs,rsgd->rghd", weights, values).reshape(rows, heads, size)
+
+
+def _engine(device: str) -> Engine:
+    groups = build_placements(ParallelConfig(), {}, {ALL}, 1, 60)[ALL].groups
+    assert groups is not None
+    return build_engine(MODEL, "lm", groups, EngineConfig(), None, 1, torch.device(device), 3)
+
+
+def _decode_all(decoder: Decoder) -> list[Tensor]:
+    """Logits of every step of six rows in five slots: one leaves at steps 3, 4, 6 and 9, one comes at step 5."""
+    found = []
+    with decoder.session():
+        logits = decoder.prefill(range(5), [torch.tensor(prompt) for prompt in PROMPTS[:5]])
+        rows = 5
+        for step in range(1, 13):
+            assert logits is not None
+            found.append(logits.clone())
+            tokens = logits.argmax(-1)
+            if step in (3, 4, 6, 9):  # the first row ends, the last takes its slot
+                decoder.move(rows - 1, 0)
+                rows -= 1
+                decoder.truncate(rows)
+                tokens = torch.cat([tokens[rows : rows + 1], tokens[1:rows]])
+            if step == 5:
+                late = decoder.prefill([rows], [torch.tensor(PROMPTS[5])])
+                assert late is not None
+                tokens, rows = torch.cat([tokens, late.argmax(-1)]), rows + 1
+            logits = decoder.decode(tokens)
+    return found
+
+
+def _stand_in() -> tuple[list[list[Any]], list[list[Any]], list[int]]:
+    decode.decode_attention = _attention_without_the_host  # type: ignore[assignment]
+    engine, tapes = _engine("cpu"), list[Tape]()
+
+    def new_tape() -> Tape:
+        tapes.append(Tape())
+        return tapes[-1]
+
+    eager, taped = (Decoder(engine, max_rows=5, max_tokens=32) for _ in range(2))
+    taped.pad_steps(new_tape)
+    expected, found = _decode_all(eager), _decode_all(taped)
+    return [t.tolist() for t in expected], [t.tolist() for t in found], [tape.replays for tape in tapes]
+
+
+def test_replayed_steps_give_the_logits_of_steps_one_by_one() -> None:
+    expected, found, replays = run_ranks(1, _stand_in)[0]
+    assert len(expected) == 12
+    for step, (wanted, mine) in enumerate(zip(expected, found, strict=True)):
+        assert len(mine) == len(wanted), step
+        assert torch.allclose(torch.tensor(mine), torch.tensor(wanted), atol=1e-5), step
+        assert torch.tensor(mine).argmax(-1).tolist() == torch.tensor(wanted).argmax(-1).tolist()
+    # rows: 5 5, 4 3 4 3 3 3, 2 2 2 2: three buckets, whose first steps run as they are and whose others are replays
+    assert replays == [1, 5, 3]
+
+
+def test_buckets_are_powers_of_two_up_to_all_slots() -> None:
+    assert [bucket_of(rows, 12) for rows in (1, 2, 3, 4, 5, 8, 9, 12)] == [1, 2, 4, 4, 8, 8, 12, 12]
+
+
+def _reasons() -> tuple[str | None, str | None]:
+    engine = _engine("cpu")
+    off = Decoder(engine, max_rows=1, max_tokens=8, graphs=False).why_eager
+    return why_eager(engine.groups, next(engine.chunks[0].parameters())), off
+
+
+def test_where_there_are_no_graphs_the_reason_is_said() -> None:
+    assert run_ranks(1, _reasons)[0] == ("the device is cpu", "they are switched off")
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A world of this process: a fork could not use the GPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = dist.FileStore(f"{folder}/store", 1)
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timedelta(seconds=60))
+        yield
+        dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stop_ids", [frozenset(), frozenset(range(12))], ids=["full", "ragged"])
+def test_on_a_gpu_graphs_equal_eager_decoding_bit_for_bit(alone: None, stop_ids: frozenset[int]) -> None:
+    engine = _engine("cuda")
+    prompts = Batch(Rows.of(PROMPTS, torch.int64), {}, {"sample_id": torch.arange(len(PROMPTS))})
+    found = []
+    for graphs in (False, True):
+        sampling = SamplingConfig(max_new_tokens=40, max_batch_rows=5, cuda_graphs=graphs)
+        found.append(generate(engine, prompts, sampling, stop_ids=stop_ids, seed=1))
+    assert Decoder(engine, max_rows=1, max_tokens=8).why_eager is None
+    assert torch.equal(found[0].tokens.values, found[1].tokens.values)
+    logprobs = [one.per_token["sampling_logprobs"].values for one in found]
+    assert torch.equal(logprobs[0], logprobs[1])
+    assert F.l1_loss(logprobs[0], torch.zeros_like(logprobs[0])) > 0
