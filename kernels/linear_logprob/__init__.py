@@ -179,25 +179,9 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dlse: Tensor, dtarget: Tensor, dspread: Tensor) -> tuple[Any, ...]:
-        hidden, weight, targets, mask, lse, spread, *kept = ctx.saved_tensors
+        inputs, kept = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
         shares = reference.Kept(*kept) if kept else None
-        start, rows, temperature, entropy = ctx.settings
-        grads = reference.backward(
-            dlse,
-            dtarget,
-            dspread,
-            hidden,
-            weight,
-            targets,
-            mask,
-            lse,
-            spread,
-            start,
-            rows,
-            temperature,
-            entropy,
-            shares,
-        )
+        grads = reference.backward(dlse, dtarget, dspread, *inputs, *ctx.settings, shares)
         return *grads, None, None, None
 
 

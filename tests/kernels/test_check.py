@@ -37,6 +37,24 @@ def test_gpu_lane_without_a_gpu_is_skipped_with_a_reason() -> None:
     assert not outcome.red
 
 
+def test_another_triton_is_imported_before_the_installed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / ".triton" / "9.9.9" / "triton"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text('__version__ = "9.9.9"', encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert check.other_triton("9.9.9") == [f"PYTHONPATH={package.parent}"]
+
+
+def test_a_triton_that_cannot_be_had_is_a_red_lane_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    outcome = check.run_lane("interpreter", long=False, version="0.0.1")
+    assert outcome.red
+    assert "could not install triton==0.0.1" in outcome.note
+
+
 def _gae_case() -> shapes.Case:
     return next(case for case in shapes.cases(CPU) if case.op == "gae")
 
@@ -71,7 +89,23 @@ def test_benchmark_checks_and_times_every_form_and_writes_json(
     forms = {(row["op"], row["form"]) for row in record["timings"]}
     assert {("rms_norm", "ours both"), ("linear_logprob", "naive forward"), ("attention", "ours forward")} <= forms
     assert all(row["milliseconds"] > 0 and row["percent"] is None for row in record["timings"])
+    beside = {(row["op"], row["way"], row["rival"]): row for row in record["side by side"]}
+    row = beside["linear_logprob", "forward", "naive"]
+    assert row["times_faster"] == pytest.approx(row["milliseconds"][1] / row["milliseconds"][0])
+    assert row["times_less_memory"] == pytest.approx(row["peak_mib"][1] / row["peak_mib"][0])
     assert "linear_logprob" in capsys.readouterr().out
+
+
+def test_peak_memory_on_a_cpu_is_that_of_the_tensors_alive_at_once() -> None:
+    x = torch.ones(1 << 18)  # 1 MiB
+
+    def run() -> torch.Tensor:
+        first = x + 1.0
+        second = first * 2.0  # two are alive here
+        del first
+        return second.exp_()
+
+    assert bench.Stopwatch(CPU, 1).peak_mib(run) == pytest.approx(2.0, abs=0.01)
 
 
 def test_every_op_has_a_case_in_the_benchmark() -> None:
