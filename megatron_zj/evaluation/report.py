@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from megatron_zj.algorithms.health import CHECKS
 from megatron_zj.evaluation.clinic.conditions import NOTICE
 from megatron_zj.evaluation.plot import bar_plot, line_plot
 from megatron_zj.evaluation.targets import Target, demo_targets, learning_targets
@@ -110,6 +111,7 @@ def render_report(stages: Mapping[str, StageOutput], summary: Json) -> str:
         ("Does the reward model see what matters?", _reward(stages["reward"])),
         ("Does PPO help?", _alignment(stages, summary)),
         ("Do the others learn, and is it the reward that moves them?", _learning(stages, summary)),
+        ("Health", _alarms(stages)),
         ("Before and after", _dialogues(stages)),
         ("Curves", _curves(stages)),
         ("Cost", _cost(summary)),
@@ -268,6 +270,18 @@ def _learning(stages: Mapping[str, StageOutput], summary: Json) -> str:
 def _targets(summary: Json) -> str:
     rows = [[one.claim, _number(one.measured), one.wanted, "met" if one.met else "MISSED"] for one in targets(summary)]
     return table(["target", "measured", "wanted", ""], rows)
+
+
+def _alarms(stages: Mapping[str, StageOutput]) -> str:
+    """Every alarm of the learning that sounded: when, and what to do about it."""
+    rows = []
+    for stage in ALIGNED:
+        for check in CHECKS:
+            steps = [int(step) for step, _ in stages[stage].series(f"alarm/{check.name}")]
+            if steps:
+                rows.append([stage, check.name, f"{len(steps)} iterations, {steps[0]} to {steps[-1]}", check.advice])
+    quiet = "<p>No alarm sounded.</p>" if any(stages[stage].metrics for stage in ALIGNED) else ""
+    return table(["stage", "alarm", "sounded", "advice"], rows) if rows else quiet
 
 
 def _dialogues(stages: Mapping[str, StageOutput]) -> str:

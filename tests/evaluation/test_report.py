@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from megatron_zj.evaluation.plot import bar_plot, line_plot, thin
-from megatron_zj.evaluation.report import OTHERS, write_report
+from megatron_zj.evaluation.report import OTHERS, read_run, render_report, summarise, write_report
 
 ROOT = Path(__file__).resolve().parents[2]
 ANSWER = {
@@ -109,6 +109,16 @@ def test_other_algorithms_are_shown_with_their_curves(tmp_path: Path) -> None:
     assert "Do the others learn" in page
     assert "<td>ppo_flipped</td><td>0.200</td><td>-0.500</td>" in page
     assert "MISSED" not in page
+
+
+def test_alarms_are_shown_with_when_they_sounded_and_their_advice(tmp_path: Path) -> None:
+    stages = read_run(run_folder(tmp_path))
+    assert "No alarm sounded." in render_report(stages, summarise(stages))
+    for line in stages["ppo"].metrics[2:5]:
+        line["alarm/entropy"] = 1.0
+    page = render_report(stages, summarise(stages))
+    assert "No alarm sounded." not in page
+    assert "<td>entropy</td><td>3 iterations, 3 to 5</td><td>the policy has collapsed to one answer" in page
 
 
 def test_the_demo_says_its_targets_and_fails_on_a_missed_one_when_asked(tmp_path: Path) -> None:
