@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_zj.algorithms.experience import ParityError
+from megatron_zj.algorithms.health import HealthError
 from megatron_zj.config.algorithm import ParityConfig, PPOConfig
+from megatron_zj.config.health import HealthConfig
 from tests.algorithms import ppo_world
 from tests.algorithms.layouts import LAYOUTS, MORE_LAYOUTS, Layout
 from tests.algorithms.plain_ppo import PlainPPO
@@ -128,3 +131,30 @@ def test_the_parity_gate_stops_a_run_whose_policy_moved_after_sampling() -> None
     assert found["parity/max"] > found["parity/mean"]
     assert found["parity/k3"] > 1e-5
     assert found["actor/importance"] < 1.0  # capped above, so the mean is below 1
+
+
+def _moved_before_learning(config: PPOConfig) -> str:
+    """What a run says whose actor's weights move between scoring and learning."""
+    ppo = ppo_world.build_ppo(config, Layout())
+    samples, metrics = ppo.collect()
+    assert ppo.models.actor.engine is not None
+    with torch.no_grad():
+        for parameter in ppo.models.actor.engine.chunks[0].parameters():
+            parameter.mul_(1.001)
+    try:
+        return " ".join(ppo.health(1, metrics | ppo.learn(samples)))
+    except HealthError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("action", "words"),
+    [
+        ("warn", "alarm/ratio"),
+        ("stop", "alarm 'ratio' for 1 iterations.*the weights changed between scoring and learning"),
+    ],
+)
+def test_a_ratio_that_is_not_1_on_the_first_minibatch_is_an_alarm(action: Any, words: str) -> None:
+    config = dataclasses.replace(ppo_world.PPO_CONFIG, health=HealthConfig(action=action, patience=1))
+    [said] = run_ranks(1, _moved_before_learning, config)
+    assert re.search(words, said)
