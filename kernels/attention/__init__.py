@@ -121,6 +121,8 @@ def decode_attention(
     arguments.require_shape(v_cache_RSKD, k_cache_RSKD.shape, "v_cache_RSKD")
     arguments.require_shape(lengths_R, (num_rows,), "lengths_R")
     _check_heads(num_heads, k_cache_RSKD.shape[2])
+    dtypes = q_RHD.dtype, k_cache_RSKD.dtype, v_cache_RSKD.dtype
+    arguments.require(len(set(dtypes)) == 1, f"q and the caches must share a dtype, got {dtypes}")
     arguments.require(window is None or window > 0, f"window must be positive, got {window}")
     scale = dim**-0.5 if softmax_scale is None else float(softmax_scale)
     backend = dispatch.backend_of(q_RHD)

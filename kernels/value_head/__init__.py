@@ -59,7 +59,9 @@ def value_loss(
     Raises:
         ValueError: shapes or dtypes that do not fit, or a negative clip.
     """
-    _check_targets(values_T.shape[0], old_values_T, returns_T, clip, mask_T)
+    arguments.require_float(values_T=values_T)
+    arguments.require_shape(values_T, (None,), "values_T")
+    _check_targets(values_T, old_values_T, returns_T, clip, mask_T)
     return reference.loss(values_T, old_values_T.detach(), returns_T.detach(), clip, mask_T)
 
 
@@ -78,7 +80,7 @@ def value_head_loss(
     Arguments and errors as in those two.  The gradient flows through ``loss``; ``values`` carries none.
     """
     _check_head(hidden_TD, weight_D, bias_1)
-    _check_targets(hidden_TD.shape[0], old_values_T, returns_T, clip, mask_T)
+    _check_targets(hidden_TD, old_values_T, returns_T, clip, mask_T)
     terms = _value_head(
         hidden_TD,
         weight_D.reshape(-1),
@@ -101,8 +103,11 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         arguments.require_shape(bias, (1,), "bias_1")
 
 
-def _check_targets(tokens: int, old: Tensor, returns: Tensor, clip: float | None, mask: Tensor | None) -> None:
+def _check_targets(given: Tensor, old: Tensor, returns: Tensor, clip: float | None, mask: Tensor | None) -> None:
+    """``given``: hidden states or values, [T, ...]."""
+    tokens = given.shape[0]
     arguments.require_float(old_values_T=old, returns_T=returns)
+    arguments.require_same_device(given=given, old_values_T=old, returns_T=returns, mask_T=mask)
     arguments.require_shape(old, (tokens,), "old_values_T")
     arguments.require_shape(returns, (tokens,), "returns_T")
     arguments.require(clip is None or clip >= 0, f"clip must be >= 0 or None, got {clip}")

@@ -424,6 +424,32 @@ BAD_INPUT = {
         torch.zeros(4, 8), torch.zeros(5, 8), torch.zeros(4, dtype=torch.int64), valid_rows=6
     ),
     "gamma above 1": lambda: gae(torch.zeros(4), torch.zeros(4), ends((4,)), gamma=1.1, lam=1.0),
+    "a cache of another dtype": lambda: decode_attention(
+        torch.zeros(2, 4, 8), torch.zeros(2, 5, 2, 8).bfloat16(), torch.zeros(2, 5, 2, 8), torch.tensor([1, 2])
+    ),
+    "a cache elsewhere": lambda: decode_attention(
+        torch.zeros(2, 4, 8), *(torch.zeros(2, 5, 2, 8, device="meta"),) * 2, torch.tensor([1, 2])
+    ),
+    "keys elsewhere": lambda: attention(torch.zeros(4, 2, 8), *(torch.zeros(4, 2, 8, device="meta"),) * 2, ends((4,))),
+    "a weight elsewhere": lambda: rms_norm(torch.zeros(4, 8), torch.ones(8, device="meta"), 1e-6),
+    "a residual elsewhere": lambda: add_rms_norm(
+        torch.zeros(4, 8), torch.zeros(4, 8, device="meta"), torch.ones(8), 1e-6
+    ),
+    "tables elsewhere": lambda: rope(torch.zeros(4, 2, 8), *(torch.ones(4, 4, device="meta"),) * 2, torch.arange(4)),
+    "a vocabulary elsewhere": lambda: linear_logprob(
+        torch.zeros(4, 8), torch.zeros(5, 8, device="meta"), torch.zeros(4, dtype=torch.int64)
+    ),
+    "last tokens elsewhere": lambda: reward_head(
+        torch.zeros(4, 8), torch.zeros(2, dtype=torch.int64, device="meta"), torch.ones(8)
+    ),
+    "ranks elsewhere": lambda: ranking_loss(
+        torch.zeros(2), torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64, device="meta")
+    ),
+    "returns elsewhere": lambda: value_head_loss(
+        torch.zeros(4, 8), torch.ones(8), None, torch.zeros(4), torch.zeros(4, device="meta"), clip=0.2
+    ),
+    "values elsewhere": lambda: gae(torch.zeros(4), torch.zeros(4, device="meta"), ends((4,)), gamma=1.0, lam=1.0),
+    "integer values": lambda: value_loss(torch.zeros(4, dtype=torch.int64), torch.zeros(4), torch.zeros(4), clip=None),
     "a mask of integers": lambda: value_loss(
         torch.zeros(4), torch.zeros(4), torch.zeros(4), clip=0.2, mask_T=torch.ones(4, dtype=torch.int64)
     ),
