@@ -380,6 +380,7 @@ def planted(bug: Bug) -> Iterator[None]:
     """The op runs a copy of its Triton module with the bug in it."""
     op, _, name = bug.op.partition("/")
     module = f"kernels.{op}.{name or 'triton'}"
+    importlib.import_module(f"kernels.{op}.triton")  # who imports the mutant first would keep it
     healthy = importlib.import_module(module)
     source = Path(str(healthy.__file__)).read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
