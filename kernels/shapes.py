@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,6 +95,14 @@ def _alternatives(
     return named
 
 
+def _liger(module: str, name: str, device: torch.device) -> Any:
+    """A class of Liger's on CUDA, where it is installed and has it; else None."""
+    try:
+        return getattr(importlib.import_module(f"{LIGER}.{module}"), name) if device.type == "cuda" else None
+    except (ImportError, AttributeError):
+        return None
+
+
 def _naive_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> list[Tensor]:
     """One mask over the whole pack: what packing costs without a kernel for it."""
     total, group = q.shape[0], q.shape[1] // k.shape[1]
@@ -181,6 +189,8 @@ def _norm(device: torch.device, rows: int, width: int) -> Case:
         return (wide * scale).to(x.dtype) * weight, total
 
     named = _alternatives(device, ours, plain)
+    if (liger := _liger("ops.fused_add_rms_norm", "LigerFusedAddRMSNormFunction", device)) is not None:
+        named["Liger"] = lambda x, residual, weight: liger.apply(x, residual, weight, 1e-5)
     moved = 4 * rows * width * inputs[0].element_size()
     return Case(
         "rms_norm", f"{rows} x {width} + residual", _forms(named, inputs), moved, "GB/s",
@@ -201,9 +211,8 @@ def _logprob(device: torch.device, tokens: int, vocab: int, width: int) -> Case:
 
     named: dict[str, Callable[..., Sequence[Tensor]]] = {"ours": ours, "naive": plain}
     named["bare GEMM"] = lambda hidden, weight: [hidden @ weight.t()]
-    if importlib.util.find_spec(LIGER) is not None:
-        liger = importlib.import_module(f"{LIGER}.transformers").LigerFusedLinearCrossEntropyLoss(reduction="none")
-        named["Liger CE"] = lambda hidden, weight: [liger(weight, hidden, targets)]
+    if (liger := _liger("transformers", "LigerFusedLinearCrossEntropyLoss", device)) is not None:
+        named["Liger CE"] = lambda hidden, weight: [liger(reduction="none")(weight, hidden, targets)]
     few = [inputs[0][:64], inputs[1]]
 
     def verify() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -225,6 +234,8 @@ def _swiglu(device: torch.device, rows: int, width: int) -> Case:
         return [gate * torch.sigmoid(gate) * up]
 
     named = _alternatives(device, lambda x: [swiglu(x)], plain)
+    if (liger := _liger("ops.swiglu", "LigerSiLUMulFunction", device)) is not None:
+        named["Liger"] = lambda x: [liger.apply(*x.chunk(2, -1))]
     moved = 3 * rows * width * inputs[0].element_size()
     return Case(
         "swiglu", f"{rows} x {width}", _forms(named, inputs), moved, "GB/s",
