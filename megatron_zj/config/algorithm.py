@@ -72,13 +72,29 @@ JUDGE = RoleKind(head="score", trains=False, start="own")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
+class DatasetConfig:
+    """What every algorithm that learns from a data set as it stands has."""
+
+    global_batch_size: int = 8  # rows, dialogues or prompts with their ranked answers, an optimizer step
+
+    @property
+    def update_size(self) -> tuple[str, int]:
+        """The setting that holds the size of an optimizer step, and its value."""
+        return "global_batch_size", self.global_batch_size
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps an algorithm step."""
+        return 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(DatasetConfig):
     """Next-token prediction on packed text."""
 
     role_kinds: ClassVar[Mapping[str, RoleKind]] = LM_FROM_SCRATCH
 
     kind: Literal["pretrain"] = "pretrain"
-    global_batch_size: int = 8  # rows an optimizer step
     model: RoleConfig = RoleConfig()
 
     @property
@@ -86,25 +102,14 @@ class PretrainConfig:
         """The data it learns from."""
         return "corpus"
 
-    @property
-    def update_size(self) -> tuple[str, int]:
-        """The setting that holds the rows of an optimizer step, and its value."""
-        return "global_batch_size", self.global_batch_size
-
-    @property
-    def updates_per_step(self) -> int:
-        """Optimizer steps an algorithm step."""
-        return 1
-
 
 @dataclass(frozen=True, kw_only=True)
-class SFTConfig:
+class SFTConfig(DatasetConfig):
     """Next-token prediction on the assistant's turns."""
 
     role_kinds: ClassVar[Mapping[str, RoleKind]] = LM_FROM_SCRATCH
 
     kind: Literal["sft"] = "sft"
-    global_batch_size: int = 8  # dialogues an optimizer step
     model: RoleConfig = RoleConfig()
 
     @property
@@ -112,19 +117,9 @@ class SFTConfig:
         """The data it learns from."""
         return "chat"
 
-    @property
-    def update_size(self) -> tuple[str, int]:
-        """The setting that holds the rows of an optimizer step, and its value."""
-        return "global_batch_size", self.global_batch_size
-
-    @property
-    def updates_per_step(self) -> int:
-        """Optimizer steps an algorithm step."""
-        return 1
-
 
 @dataclass(frozen=True, kw_only=True)
-class RewardConfig:
+class RewardConfig(DatasetConfig):
     """A reward model from ranked answers.
 
     ``pairs``: all-pairs logistic loss (Ouyang et al. 2022, eq. 1) on the last token's score.  ``plackett_luce``: the
@@ -134,7 +129,6 @@ class RewardConfig:
     role_kinds: ClassVar[Mapping[str, RoleKind]] = {"model": RoleKind(head="score", needs_weights=False)}
 
     kind: Literal["reward"] = "reward"
-    global_batch_size: int = 8  # prompts (ranked groups) an optimizer step
     loss: Literal["pairs", "plackett_luce", "per_token"] = "pairs"  # see above
     margin: float = 0.0  # score by which a pair must differ a rank of gap (loss: pairs, per_token)
     centering: float = 0.0  # coefficient of the squared mean score of a group
@@ -151,19 +145,9 @@ class RewardConfig:
         """The data it learns from."""
         return "preference"
 
-    @property
-    def update_size(self) -> tuple[str, int]:
-        """The setting that holds the ranked groups of an optimizer step, and its value."""
-        return "global_batch_size", self.global_batch_size
-
-    @property
-    def updates_per_step(self) -> int:
-        """Optimizer steps an algorithm step."""
-        return 1
-
 
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig:
+class DPOConfig(DatasetConfig):
     """Direct preference optimization (Rafailov et al. 2023) on ranked answers.
 
     Where ``load`` is None: actor and reference start from ``checkpoint.load``.
@@ -172,7 +156,6 @@ class DPOConfig:
     role_kinds: ClassVar[Mapping[str, RoleKind]] = {"actor": POLICY, "reference": REFERENCE}
 
     kind: Literal["dpo"] = "dpo"
-    global_batch_size: int = 8  # prompts (ranked groups) an optimizer step
     beta: float = 0.1  # strength of the tie to the reference
     label_smoothing: float = 0.0  # probability that a ranking is wrong (conservative DPO); 0: none
     pairs: Literal["all", "best_worst"] = "all"  # of a ranked group: every ordered pair, or the best against the worst
@@ -187,16 +170,6 @@ class DPOConfig:
     def data_kind(self) -> str:
         """The data it learns from."""
         return "preference"
-
-    @property
-    def update_size(self) -> tuple[str, int]:
-        """The setting that holds the ranked groups of an optimizer step, and its value."""
-        return "global_batch_size", self.global_batch_size
-
-    @property
-    def updates_per_step(self) -> int:
-        """Optimizer steps an algorithm step."""
-        return 1
 
 
 @dataclass(frozen=True, kw_only=True)
