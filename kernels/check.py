@@ -114,6 +114,13 @@ def table(outcomes: list[Outcome]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _run(lane: str, command: list[str]) -> Outcome:
+    """A lane that is one command: passed where it ends with 0."""
+    started = time.monotonic()
+    passed = int(subprocess.run(command, check=False).returncode == 0)
+    return Outcome(lane, passed, 1 - passed, 0, time.monotonic() - started)
+
+
 def gpu() -> list[Outcome]:
     """The proofs on the device, the memory checker on small ones, then the benchmark."""
     torch = importlib.import_module("torch")
@@ -124,13 +131,10 @@ def gpu() -> list[Outcome]:
     if checker is None:
         outcomes.append(Outcome("sanitizer", 0, 0, 0, 0.0, "skipped: compute-sanitizer is not installed"))
     else:
-        started = time.monotonic()
         small = [sys.executable, "-m", "pytest", *_QUIET, FORMS, "-k", "one or primes or ragged or odd"]
-        done = subprocess.run([checker, "--error-exitcode=1", *small], check=False)
-        passed = int(done.returncode == 0)
-        outcomes.append(Outcome("sanitizer", passed, 1 - passed, 0, time.monotonic() - started))
+        outcomes.append(_run("sanitizer", [checker, "--error-exitcode=1", *small]))
     if not any(outcome.red for outcome in outcomes):
-        subprocess.run([sys.executable, "-m", "kernels.bench"], check=False)
+        outcomes.append(_run("benchmark", [sys.executable, "-m", "kernels.bench", "--plot", "bench.svg"]))
     return outcomes
 
 
