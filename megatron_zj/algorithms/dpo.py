@@ -45,6 +45,10 @@ class WeightedLogprobs:
         """What the rows say."""
         return (batch.per_token["loss_count"] * batch.targets).sum()
 
+    def needs(self, batch: PackedBatch) -> Tensor:
+        """[T]: response tokens."""
+        return batch.per_token["loss_weight"]
+
     def __call__(self, outputs: dict[str, Tensor], batch: PackedBatch) -> LossTerms:
         return LossTerms((outputs["logprobs"] * batch.per_token["loss_weight"] * batch.targets).sum())
 

@@ -21,6 +21,10 @@ class NextToken:
         """Predicted tokens that carry loss."""
         return (batch.per_token["loss_mask"] * batch.targets).sum()
 
+    def needs(self, batch: PackedBatch) -> Tensor:
+        """[T]: the log-probabilities that count."""
+        return batch.per_token["loss_mask"]
+
     def __call__(self, outputs: dict[str, Tensor], batch: PackedBatch) -> LossTerms:
         mask = (batch.per_token["loss_mask"] * batch.targets).to(outputs["logprobs"].dtype)
         return LossTerms(-(outputs["logprobs"] * mask).sum())

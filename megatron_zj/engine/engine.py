@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from megatron_zj.data.batch import Batch, Rows
 from megatron_zj.data.packing import PackedBatch
 from megatron_zj.engine import optimizer_state
 from megatron_zj.engine.microbatches import MicroBatches, rows_from_packs, scores_from_packs, split
-from megatron_zj.engine.objective import LossTerms, Metrics, Objective
+from megatron_zj.engine.objective import LossTerms, Metrics, Objective, Selective
 from megatron_zj.engine.offload import HostCopy
 from megatron_zj.engine.optimizer import Optimizer
 from megatron_zj.engine.totals import MicroBatchSums, nonfinite, require_finite, total
@@ -150,6 +151,9 @@ class Engine:
 
         def forward_step(packs: Iterator[PackedBatch], stage: Module) -> tuple[Any, Any]:
             packed = next(packs)
+            asked = packed
+            if isinstance(objective, Selective):  # the vocabulary's product for these slots alone
+                asked = replace(packed, targets=packed.targets & (objective.needs(packed) != 0))
 
             def loss_of(outputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, MicroBatchSums]:
                 terms = objective(outputs, packed)
@@ -158,7 +162,7 @@ class Engine:
                 loss = _connected(terms, outputs) * share
                 return loss, sums.weight.to(loss.device, torch.int64), sums
 
-            return stage(packed, objective.wants, objective.temperature), loss_of
+            return stage(asked, objective.wants, objective.temperature), loss_of
 
         return forward_step
 

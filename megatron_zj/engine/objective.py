@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -19,6 +19,14 @@ class LossTerms:
 
     loss: Tensor  # scalar
     metrics: dict[str, Tensor] = field(default_factory=dict)  # scalars, same denominator as the loss
+
+
+@runtime_checkable
+class Selective(Protocol):
+    """An objective that reads per-token outputs at some slots only; the head then leaves the others at 0."""
+
+    def needs(self, batch: PackedBatch) -> Tensor:
+        """[T]: not 0 at the slots whose outputs it reads, of those with a target."""
 
 
 class Objective(Protocol):

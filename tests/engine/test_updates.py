@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_zj.algorithms.pretrain import NextToken
 from megatron_zj.config.optim import EngineConfig, LossScaleConfig, OptimConfig
 from megatron_zj.config.parallel import ParallelConfig
 from megatron_zj.data.packing import PackedBatch
@@ -16,6 +17,7 @@ from megatron_zj.engine.build import _set_schedule
 from megatron_zj.engine.objective import LossTerms
 from megatron_zj.engine.totals import NonFiniteError
 from megatron_zj.models.canonical import read_stage
+from megatron_zj.models.heads import LmHead
 from tests.engine.training import (
     MODEL,
     OPTIM,
@@ -212,3 +214,53 @@ def test_fusions_that_round_or_do_not_exist_are_refused(name: str) -> None:
     setattr(config, name, True)
     with pytest.raises(ValueError, match=name):
         _set_schedule(config, None)  # type: ignore[arg-type]
+
+
+class Everywhere:
+    """An objective that does not say which slots it reads."""
+
+    def __init__(self, inner: Any) -> None:
+        self.wants, self.temperature, self.weight, self.inner = inner.wants, 1.0, inner.weight, inner
+
+    def __call__(self, outputs: dict[str, Tensor], batch: PackedBatch) -> LossTerms:
+        return self.inner(outputs, batch)
+
+
+def _selected() -> dict[str, Any]:
+    groups = make_groups(Case())
+    batch = shard_of(global_batch(0), groups)
+    generator = torch.Generator().manual_seed(3)
+    mask = (torch.rand(batch.num_tokens, generator=generator) < 0.4).long()
+    batch = batch.with_fields({"loss_mask": batch.tokens.replace(mask)})
+    engines = [make_engine(Case(engine=LOW), groups) for _ in range(2)]
+    asked: list[int] = []
+    real = LmHead.forward
+
+    def counted(self: LmHead, hidden: Tensor, packed: PackedBatch, *rest: Any) -> Any:
+        asked.append(int(packed.targets.sum()))
+        return real(self, hidden, packed, *rest)
+
+    LmHead.forward = counted  # this process ends with the test
+    metrics = [
+        engine.update(objective, batch)
+        for engine, objective in zip(engines, (NextToken(), Everywhere(NextToken())), strict=True)
+    ]
+    one, other = (_weights(engine) for engine in engines)
+    far = max(float((one[name] - other[name]).abs().max()) for name in one)
+    half, every = len(asked) // 2, batch.num_tokens - batch.num_rows
+    carrying = sum(int(row[1:].sum()) for row in batch.per_token["loss_mask"].split())
+    return {
+        "metrics": metrics,
+        "far": far,
+        "asked": [sum(asked[:half]), sum(asked[half:])],
+        "expected": [carrying, every],
+    }
+
+
+def test_the_head_computes_what_the_objective_reads_and_the_step_is_the_same() -> None:
+    for found in run_ranks(2, _selected):
+        few, all_of_them = found["metrics"]
+        assert found["asked"] == found["expected"]
+        for name in ("loss", "grad_norm", "weight"):
+            assert few[name] == pytest.approx(all_of_them[name], rel=1e-6)
+        assert found["far"] < 1e-6
