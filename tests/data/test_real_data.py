@@ -17,9 +17,9 @@ from megatron_zj.data.raw import read_raw
 from megatron_zj.data.stream import build_stream
 from megatron_zj.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_zj.data.vocabulary import extend_vocabulary, pieces_of_new_ids
+from tests.helpers.published import DATA, needs_data
 
-DATA = Path(__file__).parents[2].parent / "shared" / "data" / "dev"
-pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"development data is not at {DATA}")
+pytestmark = needs_data
 
 
 @pytest.fixture(scope="module")
