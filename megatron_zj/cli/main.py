@@ -103,7 +103,7 @@ def _runtime() -> ModuleType:
 
 def _is_users(error: BaseException) -> bool:
     """Errors that say what to change: our own types, bad values, and what the file system answers."""
-    ours = type(error).__module__.split(".")[0] == __name__.split(".")[0]
+    ours = type(error).__module__.split(".")[0] == "megatron_zj"  # not __name__, which python -m changes
     return ours or isinstance(error, ValueError | OSError)
 
 

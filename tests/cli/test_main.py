@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 import types
 from collections.abc import Callable
@@ -65,6 +66,17 @@ def test_an_error_of_the_users_is_one_message_without_a_traceback(
     assert shown.endswith("\n(add --debug for the traceback)\n")
     assert cli.guarded(fail, ["--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_under_python_m_too_our_own_error_is_the_users(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["main.py", "convert", "--from", "gone", "--to", "there"])
+    monkeypatch.delitem(sys.modules, "megatron_zj.cli.main")  # as in a fresh process
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("megatron_zj.cli.main", run_name="__main__")
+    assert end.value.code == 1
+    assert capsys.readouterr().err.startswith("error: gone is no complete checkpoint of this framework")
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
