@@ -183,6 +183,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cases", nargs="+", default=["equal", "ragged", "refilled"])
+    parser.add_argument("--note", default="", help="what a reader must know of the measurement, such as a busy machine")
     parser.add_argument("--to", type=Path, default=Path("benchmarks/generate.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -194,6 +195,7 @@ def main() -> None:
         result: dict[str, Any] = {
             "what": f"greedy, small preset, fp32, {ROWS} rows at once, up to {NEW_TOKENS} new tokens",
             "threads": arguments.threads,
+            "note": arguments.note,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         }

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels import dispatch
 from kernels.attention import attention, decode_attention
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope_tables, split_rope
@@ -98,7 +99,8 @@ class Decoder:
         lengths, self._lengths = self._lengths, [length + 1 for length in self._lengths]
         if self._padded is not None:
             return self._padded.run(tokens_B, lengths)
-        step = _Step(self, torch.tensor(lengths, device=self.device), max(lengths) + 1)
+        longest = max(lengths) + 1
+        step = _Step(self, torch.tensor(lengths, device=self.device), longest, ragged=min(lengths) + 1 < longest)
         hidden_BD = self._run(tokens_B.to(self.device), step)
         return None if hidden_BD is None else self._logits(hidden_BD)
 
@@ -127,7 +129,7 @@ class Decoder:
 
     def _padded_step(self, tokens_B: Tensor, positions_B: Tensor) -> Tensor:
         """A step whose shapes depend on the number of rows alone: attention looks at the whole cache, by lengths."""
-        hidden_BD = self._run(tokens_B, _Step(self, positions_B, self._keys.shape[2]))
+        hidden_BD = self._run(tokens_B, _Step(self, positions_B, self._keys.shape[2], ragged=True))
         if hidden_BD is None:
             raise RuntimeError("only a model on one stage decodes in padded steps")
         return self._logits(hidden_BD)
@@ -217,19 +219,30 @@ class _Prefill:
 class _Step:
     """A step of one token a row."""
 
-    def __init__(self, decoder: Decoder, positions_B: Tensor, longest: int) -> None:
+    def __init__(self, decoder: Decoder, positions_B: Tensor, longest: int, *, ragged: bool) -> None:
         """``positions``: where each row's token goes; ``longest``: no row has more tokens, this one included."""
         self.positions = positions_B
         self.slots = torch.arange(len(positions_B), device=decoder.device)
         self._keys, self._values = decoder._keys, decoder._values
         self._lengths_B, self._longest = positions_B + 1, longest
+        self._in_torch, self._mask = dispatch.backend_of(decoder._keys) == "torch", None
+        if self._in_torch and ragged:  # once for all layers
+            hidden_BS = torch.arange(longest, device=decoder.device) > positions_B[:, None]
+            mask_BS = torch.zeros(hidden_BS.shape, dtype=decoder.dtype, device=decoder.device)
+            self._mask = mask_BS.masked_fill_(hidden_BS, float("-inf"))[:, None, None]
 
     def attend(self, query_BHN: Tensor, key_BKN: Tensor, value_BKN: Tensor, layer: int) -> Tensor:
         """Each row's token over its own cached keys."""
         rows = len(query_BHN)
         keys = self._keys[layer, :rows, : self._longest]
         values = self._values[layer, :rows, : self._longest]
-        return decode_attention(query_BHN, keys, values, self._lengths_B)
+        if not self._in_torch:
+            return decode_attention(query_BHN, keys, values, self._lengths_B)
+        # a group of query heads stands where sdpa has queries: the cache is read once, and never repeated
+        query_BKQN = query_BHN.view(rows, keys.shape[2], -1, keys.shape[3])
+        return F.scaled_dot_product_attention(
+            query_BKQN, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=self._mask
+        ).reshape(query_BHN.shape)
 
 
 def _read_layers(chunks: Sequence[nn.Module]) -> list[list[_Layer]]:

@@ -16,7 +16,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernels import dispatch
 from megatron_zj.parallel.groups import ParallelGroups
 
 
@@ -54,8 +53,6 @@ def why_eager(groups: ParallelGroups, weight: Tensor) -> str | None:
         return "pipeline stages wait for one another's hidden states on the host"
     if groups.tp_size > 1:
         return "tensor-parallel ranks would have to capture and replay their collectives in step"
-    if dispatch.backend_of(weight) != "triton":
-        return "without Triton the attention reads the rows' lengths on the host"
     return None
 
 

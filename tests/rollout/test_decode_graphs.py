@@ -23,7 +23,6 @@ from megatron_zj.config.model import ModelConfig
 from megatron_zj.config.optim import EngineConfig
 from megatron_zj.config.parallel import ParallelConfig
 from megatron_zj.data.batch import Batch, Rows
-from megatron_zj.engine import decode
 from megatron_zj.engine.build import build_engine
 from megatron_zj.engine.decode import Decoder
 from megatron_zj.engine.decode_graphs import bucket_of, why_eager
@@ -77,16 +76,6 @@ def _tensors(found: Any) -> list[Tensor]:
     return [value for value in (found if isinstance(found, (tuple, list)) else [found]) if torch.is_tensor(value)]
 
 
-def _attention_without_the_host(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
-    """What the Triton kernel computes, in operators that a tape can repeat."""
-    rows, heads, size = query.shape
-    groups = keys.shape[2]
-    seen = torch.arange(keys.shape[1])[None] < lengths[:, None]
-    scores = torch.einsum("rghd,rsgd->rghs", query.view(rows, groups, -1, size), keys) * size**-0.5
-    weights = scores.masked_fill(~seen[:, None, None], float("-inf")).softmax(-1)
-    return torch.einsum("rghs,rsgd->rghd", weights, values).reshape(rows, heads, size)
-
-
 def _engine(device: str) -> Engine:
     groups = build_placements(ParallelConfig(), {}, {ALL}, 1, 60)[ALL].groups
     assert groups is not None
@@ -117,7 +106,6 @@ def _decode_all(decoder: Decoder) -> list[Tensor]:
 
 
 def _stand_in() -> tuple[list[list[Any]], list[list[Any]], list[int]]:
-    decode.decode_attention = _attention_without_the_host  # type: ignore[assignment]
     engine, tapes = _engine("cpu"), list[Tape]()
 
     def new_tape() -> Tape:
