@@ -19,8 +19,7 @@ from tests.algorithms.ppo_world import MODEL, RUN_SEED, STOP, Prompts
 from tests.helpers.ranks import run_ranks
 
 LONG = dataclasses.replace(MODEL, max_position_embeddings=512)
-# fewer slots than rows, so that they refill
-SAMPLING = SamplingConfig(max_new_tokens=500, min_new_tokens=485, temperature=1.0, max_batch_rows=4)
+SAMPLING = SamplingConfig(max_new_tokens=500, min_new_tokens=485, temperature=1.0)
 QUICK = ("tp2 sp",)
 
 
@@ -32,7 +31,8 @@ def _sample(layout: Layout) -> list[list[int]]:
         engine = build_engine(LONG, "lm", placement.groups, layout.engine, None, 1, torch.device("cpu"), 5)
     prompts = WorldBatch.gather(Prompts().next(6, world.rank, world.size))
     rollout = Rollout(SAMPLING, frozenset({STOP}), RUN_SEED)
-    samples = Role("actor", placement, engine, Exchange()).generate(rollout.at_step(0), prompts)
+    actor = Role("actor", placement, engine, Exchange())  # keeps what it sends alive until it has left
+    samples = actor.generate(rollout.at_step(0), prompts)
     return gather_in_order([row.tolist() for row in samples.local.tokens.split()])
 
 

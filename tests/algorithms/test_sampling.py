@@ -49,7 +49,7 @@ def test_the_signal_moves_the_policy_and_its_sign_the_other_way() -> None:
         rules={"ends": 20.0},  # drowns the model's own score
     )
     up, down = (
-        run_ranks(1, sampling_world.learn_to_end, one, 12)[0]
+        run_ranks(1, sampling_world.learn_to_end, one, 15)[0]
         for one in (config, dataclasses.replace(config, rules={"ends": -20.0}))
     )
     assert up[0] == down[0]  # the same samples before anything is learned

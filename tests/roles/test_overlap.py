@@ -88,14 +88,18 @@ def test_the_pools_of_a_split_compute_at_the_same_time() -> None:
 def _lost_in_a_call(rank: int, port: int, folder: Path, how: str) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
-    lost = {"hang": lambda *_, **__: time.sleep(60), "kill": lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)}
+
+    def lost(*args: Any, **options: Any) -> None:
+        time.sleep(60 if how == "hang" else 1)  # a second, so that a beat with the phase gets out
+        os.kill(os.getpid(), signal.SIGKILL)
+
     try:
         with session("cpu", 5) as process:
             ppo = ppo_world.build_ppo(ppo_world.PPO_CONFIG, SPLIT_1_1, activity=process.activity)
             if rank == 1:
                 reward = ppo.models.reward.engine
                 assert reward is not None
-                reward.infer = lost[how]  # type: ignore[assignment, method-assign]
+                reward.infer = lost  # type: ignore[assignment, method-assign]
             with ppo.timers("step 1"):
                 ppo.step()
     except RankLostError as error:
