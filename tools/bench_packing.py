@@ -228,13 +228,15 @@ def compare(options: argparse.Namespace, folder: str, data: Any, shapes: dict[st
     speed = {name: [tokens / one["seconds"] for one in results] for name, results in found.items()}
     busy = {name: statistics.median(one["processor"] for one in results) for name, results in found.items()}
     medians = {name: statistics.median(values) for name, values in speed.items()}
-    best = max((name for name in medians if name.startswith("trl")), key=medians.__getitem__)
+    best = min(peers, key=busy.__getitem__)
+    exact = min((name for name in peers if not peers[name].about["dialogues_see_each_other"]), key=busy.__getitem__)
     report = {
         "tokens_per_second": medians,
+        "tokens_per_processor_second": {name: tokens / seconds for name, seconds in busy.items()},
         "ratios": {name: medians["megatron_zj"] / medians[name] for name in peers},
+        "processor_ratios": {name: busy[name] / busy["megatron_zj"] for name in peers},
         "best_peer": best,
-        "ratio": medians["megatron_zj"] / medians[best],
-        "processor_ratio": busy[best] / busy["megatron_zj"],
+        "best_peer_whose_dialogues_do_not_see_each_other": exact,
         "turns": speed,
         "peers": {
             name: {"rows": peer.shape[0], "length": peer.shape[1], **peer.about, "steps": found[name][0]["steps"]}
@@ -297,9 +299,10 @@ def main() -> None:
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(document, indent=2) + "\n")
-    for name, speed in report["tokens_per_second"].items():
-        print(f"{name}: {speed:.0f} tok/s")
-    print(f"ratio to {report['best_peer']}: {report['ratio']:.3f} (by processor time {report['processor_ratio']:.3f})")
+    for name, ratio in report["ratios"].items():
+        print(f"{name}: ours is {ratio:.3f} x (by processor time {report['processor_ratios'][name]:.3f} x)")
+    apart = report["best_peer_whose_dialogues_do_not_see_each_other"]
+    print(f"best: {report['best_peer']}; of those that keep dialogues apart: {apart}")
 
 
 if __name__ == "__main__":

@@ -122,8 +122,7 @@ def main() -> None:
         "tokens": sum(len(ids) for ids in trainer.train_dataset["input_ids"]),
         "gradient_accumulation_steps": trainer.args.gradient_accumulation_steps,
     }
-    if settings["packing"] != "padded":
-        report["dialogues_see_each_other"] = _contaminates(trainer)
+    report["dialogues_see_each_other"] = settings["packing"] != "padded" and _contaminates(trainer)
     versions = {name: metadata.version(name) for name in ("trl", "transformers", "accelerate", "datasets", "torch")}
     trainer.add_callback(Turns(versions, report))
     trainer.train()
