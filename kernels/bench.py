@@ -41,7 +41,7 @@ class Timing:
     op: str
     shape: str
     form: str  # "ours", or the alternative
-    milliseconds: float  # median
+    milliseconds: float  # median; on a CPU the processor's time (summed over threads), which other programs leave alone
     rate: float  # GB/s or TFLOP/s
     unit: str
     percent: float | None  # of the ceiling measured in the same run; None: on a CPU
@@ -78,9 +78,9 @@ class Stopwatch:
 
     def _once(self, run: Run) -> float:
         if self.device.type != "cuda":
-            started = time.perf_counter()
+            started = time.process_time()
             run()
-            return (time.perf_counter() - started) * 1e3
+            return (time.process_time() - started) * 1e3
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.flush.zero_()
         start.record()

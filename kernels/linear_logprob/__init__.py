@@ -179,10 +179,9 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dlse: Tensor, dtarget: Tensor, dspread: Tensor) -> tuple[Any, ...]:
-        inputs, kept = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-        shares = reference.Kept(*kept) if kept else None
-        grads = reference.backward(dlse, dtarget, dspread, *inputs, *ctx.settings, shares)
-        return *grads, None, None, None
+        kept = ctx.saved_tensors[6:]
+        given = (*ctx.saved_tensors[:6], *ctx.settings, reference.Kept(*kept) if kept else None)
+        return *reference.backward(dlse, dtarget, dspread, *given), None, None, None
 
 
 @torch.library.custom_op("zj::linear_logprob", mutates_args=())
