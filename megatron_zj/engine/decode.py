@@ -225,7 +225,8 @@ class _Step:
         self.slots = torch.arange(len(positions_B), device=decoder.device)
         self._keys, self._values = decoder._keys, decoder._values
         self._lengths_B, self._longest = positions_B + 1, longest
-        self._in_torch, self._mask = dispatch.backend_of(decoder._keys) == "torch", None
+        self._in_torch = dispatch.backend_of(decoder._keys) == "torch"
+        self._mask: Tensor | None = None
         if self._in_torch and ragged:  # once for all layers
             hidden_BS = torch.arange(longest, device=decoder.device) > positions_B[:, None]
             mask_BS = torch.zeros(hidden_BS.shape, dtype=decoder.dtype, device=decoder.device)
