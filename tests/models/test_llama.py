@@ -200,6 +200,13 @@ def test_checkpoint_keys_are_strict_and_a_scalar_head_has_its_own(groups: Parall
     assert state["output_layer.bias"].key == "score_head.bias"
 
 
+def test_the_callers_metadata_stays_as_it_was(groups: ParallelGroups) -> None:
+    """megatron-core writes process groups into it, which a later call on other groups would meet."""
+    metadata: dict[str, Any] = {}
+    build(groups, TINY, "lm").sharded_state_dict(metadata=metadata)
+    assert metadata == {}
+
+
 def test_a_critic_never_loads_a_row_of_an_lm_head(groups: ParallelGroups, tmp_path: Path) -> None:
     from megatron.core import dist_checkpointing
     from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
