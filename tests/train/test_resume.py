@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from megatron_zj.checkpoint.hf import export_hf
 from megatron_zj.checkpoint.load import load
 from megatron_zj.checkpoint.manifest import read_manifest, write_manifest
+from megatron_zj.runtime.metrics import read_metrics
 from tests.helpers.ranks import RankFailure, run_ranks
 from tests.train import stages
 
 GENERATING = ("ppo", "grpo", "rejection")
-WHERE = ("", "actor.generate", "save")  # any moment, inside generation, inside a save
+WHERE = ("", "step", "actor.generate", "save")  # any moment, inside a step, inside generation, inside a save
 
 
 @pytest.fixture(scope="module")
@@ -60,23 +61,26 @@ def _schedule(stage: str) -> dict[str, int]:
 
 def _kill_and_resume(folder: Path, stage: str, run: str, phase: str, pick: random.Random) -> str:
     """The phases in which a rank died; "" where the run had ended before."""
+    rank, step, note = pick.randrange(2), pick.randint(1, stages.STEPS), folder / f"{run}.killed"
     whole = float((folder / "seconds" / stage).read_text())
-    seconds = pick.uniform(0.0, 1.0) * (whole if not phase else 0.05)
-    kill = stages.Kill(pick.randrange(2), seconds, folder / f"{run}.killed", phase, pick.randint(1, stages.STEPS))
+    longest = {"": whole, "step": read_metrics(folder / stage / "metrics.jsonl")[step - 1]["time/step"]}
+    seconds = pick.uniform(0.0, longest.get(phase, 0.05))
+    name, entry = (f"step {step}", 1) if phase == "step" else (phase, step)
+    kill = stages.Kill(rank, seconds, note, name, entry)
     overrides = stages.overrides_of(stage, folder, run)
     with contextlib.suppress(RankFailure):  # a late kill may find the run already done
         run_ranks(2, stages.run_stage, overrides, kill, timeout=120)
     run_ranks(2, stages.run_stage, overrides, timeout=120)
     _check_equal(folder, stage, run)
-    return kill.note.read_text() if kill.note.exists() else ""
+    return note.read_text() if note.exists() else ""
 
 
-@pytest.mark.parametrize("phase", WHERE, ids=["any moment", "generation", "save"])
+@pytest.mark.parametrize("phase", WHERE, ids=["any moment", "step", "generation", "save"])
 def test_a_kill_at_a_random_moment_changes_no_bit(folder: Path, phase: str) -> None:
     pick = random.Random(time.time_ns())
     stage = pick.choice(GENERATING if phase == "actor.generate" else list(stages.STAGES))
     died = _kill_and_resume(folder, stage, f"killed_{phase}", phase, pick)
-    assert died or not phase
+    assert died or phase in ("", "step")
 
 
 @pytest.mark.slow
@@ -118,18 +122,20 @@ def _split(stage: str) -> dict[str, Any]:
     ],
 )
 def test_a_run_goes_on_under_another_placement(folder: Path, stage: str, first: str, then: str) -> None:
-    layouts = {
-        "data": {},
+    layouts: dict[str, dict[str, Any]] = {
         "tp2": {"parallel__tp": 2},
         "pp2": {"parallel__pp": 2},
         "split": _split(stage),
     }
+    one = {"world_size": 2, "parallel__tp": 1, "parallel__pp": 1, "parallel__sequence_parallel": "false"}
     run = f"{stage}_{first}_{then}"
     for steps, layout in ((2, first), (stages.STEPS, then)):
-        changes = {"world_size": 2, "run__num_steps": steps, **_schedule(stage), **layouts[layout]}
+        changes = {**one, "run__num_steps": steps, **_schedule(stage), **layouts.get(layout, {})}
         run_ranks(2, stages.run_stage, stages.overrides_of(stage, folder, run, **changes), timeout=120)
     for mine, theirs in zip(stages.metrics(folder / run), stages.metrics(folder / stage), strict=True):
         for name, value in theirs.items():
+            if name.endswith("pair_accuracy"):
+                continue  # DPO's actor is the reference at first: margins of 0, whose signs are rounding
             assert mine[name] == pytest.approx(value, rel=1e-4, abs=1e-4), (mine["step"], name)
     trained = {"ppo": ("actor", "critic"), "reward": ("model",), "sft": ("model",), "pretrain": ("model",)}
     for role in trained.get(stage, ("actor",)):
