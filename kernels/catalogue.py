@@ -58,7 +58,7 @@ def _attention(dim: int, dtype: torch.dtype = BF16) -> Iterator[Entry]:
     heads, kv_heads, tokens = 32, 8, 65536
     key = f"{dim}/fp32" if dtype == FP32 else str(dim)
     meta = {
-        "HEADS": heads, "GROUP": heads // kv_heads, "D": dim, "BD": 1 << (dim - 1).bit_length(), "CAUSAL": True,
+        "HEADS": heads, "GROUP": heads // kv_heads, "D": dim, "BD": attention.block_dim(dim), "CAUSAL": True,
         "WINDOW": 0, "HAS_SLOTS": False, "SEQUENCES": 64, "PRECISION": "ieee" if dtype == FP32 else "tf32",
     }  # fmt: skip
     strides = (heads * dim, dim, kv_heads * dim, dim, kv_heads * dim, dim)
@@ -216,7 +216,7 @@ def _around_attention() -> Iterator[Entry]:
 def entries() -> list[Entry]:
     """All of them, in the order of the ops."""
     found: list[Entry] = []
-    for dim in (64, 80, 96, 128, 256):
+    for dim in (40, 64, 80, 96, 128, 256):
         found += _attention(dim)
     for dim in (64, 128, 256):
         found += _attention(dim, FP32)

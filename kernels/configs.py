@@ -85,6 +85,7 @@ TABLES: Mapping[str, Table] = {
             "256/fp32": _blocks(8, 1, BM=16, BN=16),
         },
         "attention_dkdv": {
+            "40": _blocks(8, 1, BM=32, BN=64),  # the mask of a size that is no power of two takes registers
             "64": _blocks(4, 2, BM=32, BN=64),
             "128": _blocks(8, 2, BM=32, BN=64),
             "256": _blocks(8, 1, BM=32, BN=32),
@@ -167,13 +168,13 @@ def config(kernel: str, key: str, device: torch.device) -> Config:
 
 
 def lookup(arch: str, kernel: str, key: str) -> Config:
-    """The entry for ``key``; else, for a head size like 80, the one of the power of two above it; else "".
+    """The entry for ``key``; else, for a head size like 80, the one of the power of two above it (64 or more); else "".
 
     A key "128/fp32" falls back to "fp32" before it falls back to "128".
     """
     table = TABLES[SAME_AS.get(arch, arch)][kernel]
     size, _, dtype = key.partition("/")
-    above = str(1 << (int(size) - 1).bit_length()) if size.isdigit() else ""
+    above = str(max(1 << (int(size) - 1).bit_length(), WIDTHS[0])) if size.isdigit() else ""
     for name in (key, f"{above}/{dtype}", dtype, size, above, ""):
         if name in table:
             return table[name]

@@ -4,8 +4,8 @@
 
 Counted are the dialogues' own tokens, padding left out, that a side trains on in a second; a turn is one epoch.  The
 sides take turns, each in a process of its own with the same number of threads while the others wait, and the
-medians of the turns are compared.  TRL runs every packing it has (benchmarks/peers/trl_sft.py), at the best of several
-shapes, which a first sweep finds (``--shapes``); its best median is what the ratio is of.
+medians of the turns are compared.  TRL runs every packing it has (benchmarks/peers/trl_sft.py).  A first sweep
+(``--shapes``) finds the best shape of each packing and, in the same way, the best pack size of ours.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ LLAMA = {
     "max_position_embeddings": 2048,
 }
 LONGEST, LR = 512, 1e-4
+OURS = "megatron_zj"
+PACKS = (1024, 2048, 4096)  # tokens of our packs
 # rows a device batch x tokens a row; padding_free and padded take whole dialogues, so there length is a limit only
 SHAPES = {
     "bfd": [(1, 512), (1, 1024), (2, 512), (4, 512)],
@@ -103,8 +105,10 @@ class Dialogues:
         """Nothing."""
 
 
-def own_turn(options: argparse.Namespace, ids: list[list[int]], masks: list[list[int]]) -> Callable[[], dict[str, Any]]:
-    """One epoch of ``Supervised``, as ``zj train`` runs it."""
+def own_turn(
+    options: argparse.Namespace, ids: list[list[int]], masks: list[list[int]], pack: int
+) -> Callable[[], dict[str, Any]]:
+    """One epoch of ``Supervised``, as ``zj train`` runs it, in packs of ``pack`` tokens."""
     model = ModelConfig(
         vocab_size=LLAMA["vocab_size"],
         hidden_size=LLAMA["hidden_size"],
@@ -120,7 +124,7 @@ def own_turn(options: argparse.Namespace, ids: list[list[int]], masks: list[list
         model,
         "lm",
         placement.groups,
-        EngineConfig(micro_batch_tokens=options.micro_batch_tokens),
+        EngineConfig(micro_batch_tokens=pack),
         OptimConfig(lr=LR, weight_decay=0.1, schedule="constant"),
         1000,
         torch.device("cpu"),
@@ -200,8 +204,13 @@ class Peer:
 
 
 def best_shapes(options: argparse.Namespace, folder: str, data: Any) -> dict[str, tuple[int, int]]:
-    """The fastest shape of each packing, by the second of two turns."""
-    best = {}
+    """The fastest shape of each packing, and pack of ours (1 row), by the second of two turns."""
+    best, seconds = {}, {}
+    for pack in PACKS:
+        turn = own_turn(options, *data, pack)
+        turn()
+        seconds[1, pack] = turn()["processor"]
+    best[OURS] = report_best(OURS, seconds)
     for packing, shapes in SHAPES.items():
         seconds = {}
         for shape in shapes:
@@ -209,15 +218,24 @@ def best_shapes(options: argparse.Namespace, folder: str, data: Any) -> dict[str
             peer.turn()
             seconds[shape] = peer.turn()["processor"]  # other programs disturb it less than the clock
             peer.close()
-        best[packing] = min(seconds, key=seconds.__getitem__)
-        print(f"{packing}: " + ", ".join(f"{rows}x{length} {spent:.2f} s" for (rows, length), spent in seconds.items()))
+        best[packing] = report_best(packing, seconds)
     return best
+
+
+def report_best(name: str, seconds: dict[tuple[int, int], float]) -> tuple[int, int]:
+    """The shape of the fewest processor seconds, after a line that shows all."""
+    print(f"{name}: " + ", ".join(f"{rows}x{length} {spent:.2f} s" for (rows, length), spent in seconds.items()))
+    return min(seconds, key=seconds.__getitem__)
 
 
 def compare(options: argparse.Namespace, folder: str, data: Any, shapes: dict[str, tuple[int, int]]) -> dict[str, Any]:
     """Medians of alternating turns, in tokens a second."""
-    peers = {f"trl {packing}": Peer(options, folder, packing, shape, data) for packing, shape in shapes.items()}
-    turns = {"megatron_zj": own_turn(options, *data), **{name: peer.turn for name, peer in peers.items()}}
+    peers = {
+        f"trl {packing}": Peer(options, folder, packing, shape, data)
+        for packing, shape in shapes.items()
+        if packing != OURS
+    }
+    turns = {OURS: own_turn(options, *data, shapes[OURS][1]), **{name: peer.turn for name, peer in peers.items()}}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in turns}
     for number in range(options.turns + 1):  # the first turn warms up
         for name, turn in turns.items():
@@ -233,10 +251,11 @@ def compare(options: argparse.Namespace, folder: str, data: Any, shapes: dict[st
     report = {
         "tokens_per_second": medians,
         "tokens_per_processor_second": {name: tokens / seconds for name, seconds in busy.items()},
-        "ratios": {name: medians["megatron_zj"] / medians[name] for name in peers},
-        "processor_ratios": {name: busy[name] / busy["megatron_zj"] for name in peers},
+        "ratios": {name: medians[OURS] / medians[name] for name in peers},
+        "processor_ratios": {name: busy[name] / busy[OURS] for name in peers},
         "best_peer": best,
         "best_peer_whose_dialogues_do_not_see_each_other": exact,
+        "our_pack": shapes[OURS][1],
         "turns": speed,
         "peers": {
             name: {"rows": peer.shape[0], "length": peer.shape[1], **peer.about, "steps": found[name][0]["steps"]}
@@ -255,7 +274,6 @@ def main() -> None:
     for name, value, text in (
         ("dialogues", 32, "dialogues an epoch"),
         ("batch-size", 16, "dialogues an optimizer step"),
-        ("micro-batch-tokens", 1024, "our packs"),
         ("threads", 1, "threads of each side"),
         ("turns", 5, "turns that count"),
     ):

@@ -20,7 +20,7 @@ from kernels.dispatch import Registry, launch
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-HEAD_DIMS = (64, 80, 96, 128, 256)
+MAX_HEAD_DIM = 256
 SLOT_CHUNK = 256  # query slots the dK/dV kernel counts at once
 
 
@@ -432,10 +432,15 @@ def decode_combine(
 
 
 def _check(q: Tensor, *others: Tensor) -> None:
-    if q.shape[-1] not in HEAD_DIMS:
-        raise NotImplementedError(f"the Triton attention takes head sizes {HEAD_DIMS}, got {q.shape[-1]}")
+    if not 0 < q.shape[-1] <= MAX_HEAD_DIM:
+        raise NotImplementedError(f"the Triton attention takes head sizes up to {MAX_HEAD_DIM}, got {q.shape[-1]}")
     if q.dtype == torch.float64:
         raise NotImplementedError("the Triton attention takes fp16, bf16 and fp32, not fp64")
+
+
+def block_dim(dim: int) -> int:
+    """Channels of a head's tile: a power of two, as tiles must be, and no smaller than a tl.dot takes."""
+    return max(16, triton.next_power_of_2(dim))
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -460,7 +465,7 @@ def _meta(q: Tensor, k: Tensor, cu_q: Tensor, slots: Tensor | None, causal: bool
         "HEADS": q.shape[1],
         "GROUP": q.shape[1] // k.shape[1],
         "D": dim,
-        "BD": triton.next_power_of_2(dim),
+        "BD": block_dim(dim),
         "CAUSAL": causal,
         "WINDOW": window,
         "HAS_SLOTS": slots is not None,
@@ -535,7 +540,7 @@ def backward(
     config = configs.config("attention_delta", "", q.device)
     launch(
         attention_delta, (triton.cdiv(num_tokens * heads, config["ROWS"]),), out, dout, delta, num_tokens * heads,
-        num_tokens, HEADS=heads, D=dim, BD=triton.next_power_of_2(dim), **config,
+        num_tokens, HEADS=heads, D=dim, BD=block_dim(dim), **config,
     )  # fmt: skip
     sequences = cu_q.shape[0] - 1
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
@@ -570,10 +575,10 @@ def decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: 
         decode_split, (rows, kv_heads, splits),
         q, k, v, lengths.contiguous(), part, lse, q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3], splits,
         scale, KV_HEADS=kv_heads, GROUP=heads // kv_heads, MEMBERS=max(16, triton.next_power_of_2(heads // kv_heads)),
-        D=dim, BD=triton.next_power_of_2(dim), WINDOW=window, PRECISION=_precision(q), **config,
+        D=dim, BD=block_dim(dim), WINDOW=window, PRECISION=_precision(q), **config,
     )  # fmt: skip
     launch(
-        decode_combine, (rows * heads,), part, lse, out, splits, D=dim, BD=triton.next_power_of_2(dim),
+        decode_combine, (rows * heads,), part, lse, out, splits, D=dim, BD=block_dim(dim),
         SPLITS=triton.next_power_of_2(splits), **configs.config("decode_combine", "", q.device),
     )  # fmt: skip
     return out

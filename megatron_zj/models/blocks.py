@@ -18,15 +18,12 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-from kernels import dispatch
 from kernels.attention import attention
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import split_rope
 from kernels.swiglu import swiglu
 from megatron_zj.models.packed import PackedLayout
 from megatron_zj.models.transformer_config import LlamaConfig
-
-_TRITON_HEAD_SIZES = (64, 80, 96, 128, 256)
 
 
 class RmsNorm(nn.Module):
@@ -106,17 +103,9 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         return out_THE.reshape(out_THE.shape[0], -1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, pack: PackedLayout) -> Tensor:
-        size = query.shape[-1]
-        padding = _padding(size) if dispatch.backend_of(query) == "triton" else 0
-        if padding:
-            # Zero channels change no score, and their part of the output is cut off again.
-            query, key, value = (F.pad(part, (0, padding)) for part in (query, key, value))
-        return self._packed(query, key, value, pack, size**-0.5)[..., :size]
-
-    def _packed(self, query: Tensor, key: Tensor, value: Tensor, pack: PackedLayout, scale: float) -> Tensor:
         if pack.context is None:
             ends = pack.ends
-            return attention(query, key, value, pack.cu_seqlens_q, softmax_scale=scale, cu_seqlens_q_list=ends)[0]
+            return attention(query, key, value, pack.cu_seqlens_q, cu_seqlens_q_list=ends)[0]
         groups = key.shape[1]
         # The backward pass of this gather sums over the ranks and keeps the own slice.
         both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=1), group=self.cp_group)
@@ -127,16 +116,10 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
             both_SGE[:, groups:],
             pack.context.cu_queries,
             pack.cu_seqlens_kv,
-            softmax_scale=scale,
             q_slots=pack.context.slots_T,
             cu_seqlens_q_list=pack.context.queries,
             cu_seqlens_k_list=pack.ends,
         )[0]
-
-
-def _padding(size: int) -> int:
-    """Channels to add to a head of this size so that the Triton kernels take it; none beyond their largest size."""
-    return next((known - size for known in _TRITON_HEAD_SIZES if known >= size), 0)
 
 
 class LlamaAttention(SelfAttention):  # type: ignore[misc]

@@ -51,6 +51,8 @@ def _attention() -> dict[str, Proof]:
         "length-1 rows": partial(prove_attention, (1, 1, 1), FP32, heads=4, kv_heads=2),
         "scale": partial(prove_attention, (37,), FP32, scale=0.3),
         "large scores": partial(prove_attention, (37,), BF16, size=40.0),
+        "head 8": partial(prove_attention, (35,), BF16, dim=8),
+        "head 40": partial(prove_attention, (20, 15), FP32, dim=40),
         "head 80": partial(prove_attention, (35,), BF16, dim=80),
         "head 96": partial(prove_attention, (35,), FP32, dim=96),
         "head 128": partial(prove_attention, (35,), FP32, dim=128),
@@ -71,6 +73,7 @@ def _attention() -> dict[str, Proof]:
         "decode fp32": partial(prove_decode, (1, 33, 70, 0, 16), FP32),
         "decode bf16": partial(prove_decode, (5, 64, 31), BF16),
         "decode window": partial(prove_decode, (1, 33, 70), FP32, window=20),
+        "decode 40": partial(prove_decode, (20, 69), BF16, dim=40),
         "decode mqa 80": partial(prove_decode, (20, 69), FP32, heads=8, kv_heads=1, dim=80),
     }
     return cases

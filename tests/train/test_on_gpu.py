@@ -21,7 +21,7 @@ from tests.train import stages
 pytestmark = pytest.mark.gpu
 
 CHAIN = ("pretrain", "sft", "reward", "ppo", "grpo", "dpo", "rejection")
-# A head size that the Triton attention takes; one rank; long enough rows that blocks are cut.
+# A model's usual head size; one rank; long enough rows that blocks are cut.
 ONE_GPU: dict[str, Any] = {
     "world_size": 1,
     "parallel.tp": 1,
