@@ -28,7 +28,7 @@ from megatron_zj.algorithms.experience import (
 from megatron_zj.algorithms.health import Health
 from megatron_zj.algorithms.pretrain import NextToken
 from megatron_zj.algorithms.resumable import Resumable
-from megatron_zj.algorithms.shaping import Shaping
+from megatron_zj.algorithms.shaping import Shaping, require_finite_scores
 from megatron_zj.config.algorithm import RejectionConfig
 from megatron_zj.data.batch import Batch
 from megatron_zj.data.stream import Stream
@@ -177,7 +177,9 @@ class BestOfAll(Resumable):
         return batches
 
     def _scores(self, batch: WorldBatch) -> list[float]:
-        scores: list[float] = as_tensor(self.roles["reward"].infer("scores", batch).wait()).tolist()
+        scores_R = as_tensor(self.roles["reward"].infer("scores", batch).wait())
+        require_finite_scores(scores_R)
+        scores: list[float] = scores_R.tolist()
         return scores
 
     def state_dict(self) -> dict[str, Any]:

@@ -31,6 +31,16 @@ class ScoreError(ValueError):
     """The reward model gave something that is not a number.  Raised on every rank."""
 
 
+def require_finite_scores(raw_scores_R: Tensor) -> None:
+    """Raise ScoreError on every rank where some rank's scores hold a NaN or Inf.  Collective over the world."""
+    broken = int(world_sum((~raw_scores_R.isfinite()).sum()))
+    if broken:
+        raise ScoreError(
+            f"{broken} of the reward model's scores are not finite; its weights or its precision are at fault: "
+            "look at the reward run's last metrics, or set algorithm.reward.engine.precision"
+        )
+
+
 class Shaping:
     """score = sign x clip((raw - mean) / deviation + rules) - penalties.
 
@@ -46,12 +56,7 @@ class Shaping:
     def __call__(self, raw_scores_R: Tensor, samples: Batch) -> Tensor:
         """Shaped scores [R] of this rank's samples.  Collective over the world."""
         config = self.config
-        broken = int(world_sum((~raw_scores_R.isfinite()).sum()))
-        if broken:
-            raise ScoreError(
-                f"{broken} of the reward model's scores are not finite; its weights or its precision are at fault: "
-                "look at the reward run's last metrics, or set algorithm.reward.engine.precision"
-            )
+        require_finite_scores(raw_scores_R)
         scores_R = self._scaled(raw_scores_R)
         if self.rules:
             scores_R = scores_R + scores_R.new_tensor([self._rule_rewards(answer) for answer in self._answers(samples)])

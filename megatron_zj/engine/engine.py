@@ -262,8 +262,11 @@ class Engine:
     def offload(self) -> None:
         """Free the device memory of an idle engine: weights and optimizer state go to the host, gradients nowhere.
 
-        Any method that needs them brings them back first.  Weights that are still being gathered are waited for.
+        Any method that needs them brings them back first; one that is away already stays there.  Weights that are
+        still being gathered are waited for.
         """
+        if self._host.away:
+            return
         self.gather_weights()
         buffers = [buffer for chunk in self._wrapped for buffer in chunk.buffers]
         kept = [tensor for chunk in self.chunks for tensor in (*chunk.parameters(), *chunk.buffers())]

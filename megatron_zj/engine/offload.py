@@ -24,9 +24,7 @@ class HostCopy:
         return bool(self._kept or self._scratch)
 
     def free(self, kept: Iterable[Tensor], scratch: Iterable[Tensor] = ()) -> None:
-        """Empty the storages; ``scratch`` is not copied and comes back as zeros.  Nothing to do when already away."""
-        if self.away:
-            return
+        """Empty the storages; ``scratch`` is not copied and comes back as zeros.  Not while anything is ``away``."""
         throwaway = _storages(scratch)
         for pointer, storage in _storages(kept).items():
             if pointer not in throwaway:

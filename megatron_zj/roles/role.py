@@ -89,10 +89,9 @@ class Role:
         activity = self.exchange.activity
         with activity.doing(f"rows for {self.name}.{call}"):
             rows = from_fields(coming.wait())
-        if self.engine.config.offload_idle:  # its neighbours on this rank make room
-            for neighbour in self.placement.engines:
-                if neighbour is not self.engine:
-                    neighbour.offload()
+        for neighbour in self.placement.engines:  # on this rank
+            if neighbour is not self.engine and neighbour.config.offload_idle:
+                neighbour.offload()
         with activity.doing(f"{self.name}.{call}"):
             compute(self.engine, rows)
 

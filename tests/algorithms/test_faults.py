@@ -12,17 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_zj.algorithms.grpo import GRPO
-from megatron_zj.algorithms.shaping import Shaping
+from megatron_zj.algorithms.rejection import BestOfAll
+from megatron_zj.algorithms.shaping import ScoreError, Shaping
 from megatron_zj.config.algorithm import SamplingConfig
 from megatron_zj.engine.totals import NonFiniteError
+from megatron_zj.roles.exchange import Pending
 from megatron_zj.roles.world import World
 from megatron_zj.rollout.generate import Rollout
 from megatron_zj.runtime.timers import Timers
 from tests.algorithms import ppo_world
 from tests.algorithms.layouts import Layout
-from tests.algorithms.sampling_world import GRPO_CONFIGS
+from tests.algorithms.sampling_world import BEST_OF_ALL, GRPO_CONFIGS, Dialogues
 from tests.helpers.ranks import run_ranks
 
 ONE_TOKEN = frozenset(range(ppo_world.MODEL.vocab_size))  # whatever comes first ends the answer
@@ -82,6 +85,31 @@ def test_a_prompt_longer_than_the_context_is_named_with_what_to_change() -> None
     [said] = run_ranks(1, _too_long)
     assert "has 48 tokens, the model has 48 positions: no room for a response" in said
     assert "lower data.max_length or raise model.max_position_embeddings" in said
+
+
+def _score_breaks() -> str:
+    roles = ppo_world.build_roles(["actor", "reward"], Layout(2))
+    infer = roles["reward"].infer
+
+    def broken(*args: Any) -> Any:
+        scores = infer(*args).wait()
+        if dist.get_rank() == 1:
+            scores[0] = math.nan
+        return Pending(lambda: scores)
+
+    roles["reward"].infer = broken  # type: ignore[method-assign]
+    timers = Timers(torch.device("cpu"))
+    best = BestOfAll(BEST_OF_ALL, roles, Dialogues(), World.current(), ppo_world.RUN_SEED, timers)
+    with pytest.raises(ScoreError) as caught:
+        best.step()
+    assert not best.kept
+    return str(caught.value)
+
+
+def test_a_dialogue_without_a_number_for_a_score_is_not_ranked() -> None:
+    said = run_ranks(2, _score_breaks)
+    assert said[0] == said[1]
+    assert "1 of the reward model's scores are not finite" in said[0]
 
 
 def _critic_breaks() -> str:
