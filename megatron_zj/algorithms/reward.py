@@ -40,6 +40,11 @@ class RankedGroups:
         """A score a row, or (``values``) a token."""
         return ("values",) if self.loss == "per_token" else ("scores",)
 
+    @property
+    def differences_only(self) -> bool:
+        """All of these losses compare scores; centering alone looks at one."""
+        return self.centering == 0.0
+
     def weight(self, batch: PackedBatch) -> Tensor:
         """Groups that have at least one pair."""
         better, _ = _pairs(batch)

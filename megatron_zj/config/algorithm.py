@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -328,12 +328,16 @@ class GRPOConfig(PolicyGradientConfig):
             raise ValueError("kl_estimator k1 has no expected gradient in a loss; take k2 or k3")
 
 
+_FILTER_USES = frozenset({"kind", "actor", "reward", "source", "keep", "minibatch_size", "prompts_per_step"})
+
+
 @dataclass(frozen=True, kw_only=True)
 class RejectionConfig(OnPolicyConfig):
     """Rejection sampling: SFT on what the reward model likes best (ChiMed-GPT).
 
     ``sample``, as its paper says: every iteration draws N answers a prompt from the current model and learns the best.
-    ``filter``, as its code does: scores existing dialogues once, keeps the best ``keep`` of all, and learns those.
+    ``filter``, as its code does: scores existing dialogues once (``prompts_per_step`` at a time), by the reward model's
+    raw score, keeps the best ``keep`` of all, and learns those.  A setting that this has no use for is an error.
     Where ``load`` is None: the actor starts from ``checkpoint.load``.
     """
 
@@ -359,6 +363,10 @@ class RejectionConfig(OnPolicyConfig):
             )
         if self.keep < 1:
             raise ValueError(f"keep must be >= 1, got {self.keep}")
+        for one in fields(self) if self.source == "filter" else ():
+            default = one.default if one.default_factory is MISSING else one.default_factory()
+            if one.name not in _FILTER_USES and getattr(self, one.name) != default:
+                raise ValueError(f"source: filter does not use {one.name}; leave it out")
 
     @property
     def data_kind(self) -> str:

@@ -20,7 +20,7 @@ from megatron_zj.data.batch import Batch, Rows
 from megatron_zj.data.packing import PackedBatch
 from megatron_zj.engine import optimizer_state
 from megatron_zj.engine.microbatches import MicroBatches, rows_from_packs, scores_from_packs, split
-from megatron_zj.engine.objective import LossTerms, Metrics, Objective, Selective
+from megatron_zj.engine.objective import Comparing, LossTerms, Metrics, Objective, Selective
 from megatron_zj.engine.offload import HostCopy
 from megatron_zj.engine.optimizer import Optimizer
 from megatron_zj.engine.totals import MicroBatchSums, nonfinite, require_finite, total
@@ -110,9 +110,9 @@ class Engine:
         """One optimizer step on the global batch; the same floats on every rank of the placement.
 
         "loss" and the objective's metrics by the global weight, "grad_norm" (before the clip), "lr", "weight",
-        "skipped" (1.0 where an fp16 overflow made this step none), "loss_scale".
-        Raises NonFiniteError on a NaN or Inf loss or gradient, ValueError on a batch of weight zero: on all ranks,
-        before any weight is touched.
+        "skipped" (1.0 where an fp16 overflow, or with ``check_for_nan`` off a NaN or Inf, made this step none),
+        "loss_scale".  Raises NonFiniteError on a NaN or Inf loss or gradient, ValueError on a batch of weight zero:
+        on all ranks, before any weight is touched.
         """
         if self.optimizer is None:
             raise ValueError("this engine is frozen: it was built without an optimizer")
@@ -126,6 +126,8 @@ class Engine:
         sums = self._run(self._loss_step(objective), micro, forward_only=False)
         result = total(sums, self.groups, self.device)
         averages = result.averages()
+        if isinstance(objective, Comparing) and objective.differences_only:
+            self._hold_bias()
         if self.config.check_for_nan:
             require_finite(result, sums, micro, batch, self.groups)
         loss_scale = self.optimizer.loss_scale
@@ -287,6 +289,13 @@ class Engine:
         for chunk in self.chunks:
             if chunk.training != training:
                 chunk.train(training)
+
+    def _hold_bias(self) -> None:
+        """The head's bias gets no gradient in this step."""
+        for chunk in self.chunks:
+            bias = getattr(getattr(chunk, "output_layer", None), "bias", None)
+            if bias is not None:
+                bias.main_grad.zero_()
 
     def _seed_dropout(self) -> None:
         """Dropout masks depend on the step and the rank, on nothing before: resuming draws the same ones.

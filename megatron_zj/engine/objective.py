@@ -29,6 +29,19 @@ class Selective(Protocol):
         """[T]: not 0 at the slots whose outputs it reads, of those with a target."""
 
 
+@runtime_checkable
+class Comparing(Protocol):
+    """An objective that may look at differences of outputs alone."""
+
+    @property
+    def differences_only(self) -> bool:
+        """Whether a constant added to all outputs leaves the loss as it is.
+
+        The gradient of the head's bias is then 0 but for rounding, which Adam would blow up to whole steps: the
+        engine takes it for the 0 it is, and the bias stays.
+        """
+
+
 class Objective(Protocol):
     """A loss over head outputs.  ``outputs`` holds what ``wants`` names.
 

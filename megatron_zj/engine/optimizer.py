@@ -17,14 +17,16 @@ from megatron_zj.engine.schedule import LearningRate
 from megatron_zj.models.transformer_config import DTYPES
 from megatron_zj.parallel.groups import ParallelGroups, placement_world
 
+_MAX_OVERFLOWS = 10  # in a row, at a loss scale that cannot fall
+
 
 @dataclass(frozen=True)
 class StepReport:
     """What one optimizer step did."""
 
     lr: float
-    grad_norm: float  # before the clip; 0 where the step was skipped
-    skipped: bool  # fp16: some gradient overflowed, the weights stay and the loss scale may fall
+    grad_norm: float  # before the clip; 0 where fp16 overflowed
+    skipped: bool  # some gradient overflowed (fp16: the loss scale may fall) or is no number; the weights stay
 
 
 class Optimizer:
@@ -42,6 +44,9 @@ class Optimizer:
         self.learning_rate = learning_rate
         self.steps = 0  # optimizer steps taken, skipped ones not counted
         self._sum_to_mean = _sum_to_mean(engine)
+        # a constant scale is as low as it gets
+        self._lowest_scale = engine.loss_scale.minimum if engine.loss_scale.window else math.inf
+        self._overflows = 0  # in a row, at that scale
         with placement_world(groups):  # construction gathers the parameter groups over the default group
             chained = get_megatron_optimizer(
                 _config(engine, optim), chunks, use_gloo_process_groups=False, pg_collection=groups.pgc
@@ -79,21 +84,31 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, check_finite: bool) -> StepReport:
-        """Clip and step; collective over the placement.
+        """Clip and step; collective over the placement.  A gradient that is no number never reaches a weight.
 
-        Raises FloatingPointError on a NaN or Inf gradient norm, where there is no loss scale to lower, before any
-        weight is touched (on all ranks alike).
+        ``check_finite``: raises FloatingPointError on a NaN or Inf gradient norm, and after 10 overflows in a row at
+        a loss scale that cannot fall any more (on all ranks alike).  Without it such steps are skipped.
         """
         lr = self.learning_rate.at(self.steps)
         for group in self.adam.param_groups:
             group["lr"] = lr
             # Megatron-core leaves the multiplier (0 for norms and biases) to whoever drives the schedule.
             group["weight_decay"] = self.optim.weight_decay * group["wd_mult"]
+        stuck = self.loss_scale <= self._lowest_scale
         if self.chained.prepare_grads():
+            self._overflows = self._overflows + 1 if stuck else 0
+            if check_finite and self._overflows >= _MAX_OVERFLOWS:
+                raise FloatingPointError(
+                    f"the last {self._overflows} gradients in a row overflowed at a loss scale of {self.loss_scale:g}, "
+                    "which cannot fall: no scale makes numbers of them"
+                )
             return StepReport(lr, 0.0, skipped=True)
+        self._overflows = 0
         grad_norm = float(self.chained.get_grad_norm())
-        if check_finite and not math.isfinite(grad_norm):
-            raise FloatingPointError(f"the gradient norm is {grad_norm}")
+        if not math.isfinite(grad_norm):
+            if check_finite:
+                raise FloatingPointError(f"the gradient norm is {grad_norm}")
+            return StepReport(lr, grad_norm, skipped=True)
         parameters = self.inner.get_parameters()
         if self.optim.clip_grad > 0 and parameters:
             clip_grad_by_total_norm_fp32(parameters, self.optim.clip_grad, grad_norm)

@@ -112,7 +112,7 @@ def nonfinite(
     text = f"{what} ({'; '.join(places[:_MAX_PLACES])})" if places else what
     return NonFiniteError(
         f"{text}. The weights are those before this step. Lower optim.lr, look at the data, or set "
-        "engine.check_for_nan=false to go on",
+        "engine.check_for_nan=false to skip such steps",
         sorted({draw for _, draws in heard for draw in draws}),
     )
 

@@ -23,6 +23,7 @@ class StopText:
         self._tail = ""  # the end of the text so far, too short to hold a string
         self._shown: list[int] = []  # tokens whose text is in the tail: what stands before the new ones
         self._new: list[int] = []  # tokens whose text is not in the tail yet
+        self._known = 0  # characters of the tail, and of the new tokens, that earlier calls have seen
         self._count = 0
 
     def ends(self, token: int) -> bool:
@@ -31,8 +32,11 @@ class StopText:
         self._new.append(token)
         before = self._decode(self._shown)
         text = self._tail + self._decode([*self._shown, *self._new])[len(before) :]
+        # what was complete before was too early: a string must end in what this token adds
+        completes = any(string in text[max(0, self._known - len(string) + 1) :] for string in self._strings)
         whole = len(text) > len(self._tail) and not text.endswith(_HALF)
         if whole or len(self._new) >= _MOST_HELD:
-            self._tail = text[-self._keep :] if self._keep else ""
-            self._shown, self._new = self._new, []
-        return self._count >= self._min_tokens and any(string in text for string in self._strings)
+            text = text[-self._keep :] if self._keep else ""
+            self._tail, self._shown, self._new = text, self._new, []
+        self._known = len(text.rstrip(_HALF))
+        return completes and self._count >= self._min_tokens

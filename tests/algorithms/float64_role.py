@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_zj.config.model import HeadKind, ModelConfig, Want
 from megatron_zj.data.batch import Batch, Rows
 from megatron_zj.data.packing import PackedBatch, pack, plan_packs
-from megatron_zj.engine.objective import Metrics, Objective
+from megatron_zj.engine.objective import Comparing, Metrics, Objective
 from megatron_zj.roles.exchange import Pending
 from megatron_zj.roles.world import WorldBatch, gather_in_order
 from megatron_zj.rollout.generate import Rollout
@@ -49,6 +49,8 @@ class Float64Role:
         loss, metrics = self._sums(objective, batch, row_ids)
         self.optimizer.zero_grad(set_to_none=False)
         (loss / metrics["weight"]).backward()
+        if isinstance(objective, Comparing) and objective.differences_only:
+            self.model.score_head.bias.grad = None
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             dist.all_reduce(parameter.grad)

@@ -16,7 +16,7 @@ from megatron_zj.algorithms.experience import ParityError, minibatches, require_
 from megatron_zj.algorithms.health import CHECKS, Health, HealthError
 from megatron_zj.algorithms.rules import RULES, Answer, chosen_rules
 from megatron_zj.algorithms.shaping import ScoreError, ScoreScale, Shaping
-from megatron_zj.config.algorithm import GRPOConfig, ParityConfig, PPOConfig, RejectionConfig
+from megatron_zj.config.algorithm import GRPOConfig, ParityConfig, PPOConfig, RejectionConfig, SamplingConfig
 from megatron_zj.config.health import HealthConfig
 from megatron_zj.config.loader import ConfigError
 from megatron_zj.data.batch import Batch, Rows
@@ -197,6 +197,31 @@ def test_an_alarm_that_holds_stops_the_run_when_told_to() -> None:
 def test_settings_that_contradict_each_other_are_refused(make: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make()
+
+
+IGNORED: dict[str, Any] = {
+    "score_sign": -1,
+    "rules": {"ends": 1.0},
+    "score_clip": 2.0,
+    "whiten_scores": False,
+    "running_scores": True,
+    "length_penalty": 0.1,
+    "length_free": 3,
+    "missing_eos_penalty": 0.5,
+    "sampling": SamplingConfig(max_new_tokens=5),
+    "samples_per_prompt": 8,
+    "epochs": 2,
+    "parity": ParityConfig(mean=None),
+    "health": HealthConfig(action="stop"),
+    "balance_minibatches": True,
+}
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_what_filtering_has_no_use_for_is_refused(name: str) -> None:
+    RejectionConfig(source="filter", keep=7, minibatch_size=3, prompts_per_step=5)
+    with pytest.raises(ValueError, match=f"source: filter does not use {name}; leave it out"):
+        RejectionConfig(source="filter", **{name: IGNORED[name]})
 
 
 def _shapes(broken_rank: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -67,10 +68,12 @@ def _low_precision(dist_opt: bool) -> dict[str, Any]:
 def test_bf16_is_near_fp32_and_fp16_survives_overflow(dist_opt: bool) -> None:
     truth = reference()
     for found in run_ranks(2, _low_precision, dist_opt):
-        assert abs(found["bf16"][0]["loss"] / truth.losses[0] - 1) < 5e-4
-        for precision in ("bf16", "fp16"):
+        # The loss of the same weights is within 5e-4, absolutely (2.0e-4 measured).  Later weights are the precision's
+        # own: relative to a loss of 4.4, bf16 is then up to 7.0e-4 away and fp16 1.0e-4.
+        for precision, drift in (("bf16", 1e-3), ("fp16", 2e-4)):
+            assert abs(found[precision][0]["loss"] - truth.losses[0]) < 5e-4
             for step, (metrics, loss) in enumerate(zip(found[precision], truth.losses, strict=True)):
-                assert metrics["loss"] == pytest.approx(loss, rel=3e-3), (precision, step)
+                assert metrics["loss"] == pytest.approx(loss, rel=drift), (precision, step)
                 assert metrics["skipped"] == 0
         assert {metrics["loss_scale"] for metrics in found["fp16"]} == {65536.0}
         assert {metrics["loss_scale"] for metrics in found["bf16"]} == {1.0}
@@ -132,6 +135,56 @@ def test_nan_and_nothing_to_learn_stop_every_rank_before_a_weight_is_touched(par
     assert f"data-parallel shard {shard}, micro-batch" in results[0]["loss"]
     assert f"{row}" in results[0]["loss"].split("rows [")[1].split("]")[0].split(", ")
     assert "the gradient norm is nan although the loss is" in results[0]["gradient"]
+
+
+def _unchecked(parallel: ParallelConfig) -> list[dict[str, float]]:
+    case = Case(parallel, EngineConfig(micro_batch_tokens=20, distributed_optimizer=True, check_for_nan=False))
+    groups = make_groups(case)
+    engine = make_engine(case, groups)
+    batch = global_batch(0)
+    before, found = _weights(engine), []
+    for where in ("gradient", "loss"):
+        found.append(engine.update(Poisoned(float(batch.per_row["goal"][5]), where), shard_of(batch, groups)))
+        assert not _changed(engine, before)
+    found.append(engine.update(Squares("lm"), shard_of(batch, groups)))
+    assert all(value.isfinite().all() for value in _weights(engine).values())
+    assert _changed(engine, before)
+    return found
+
+
+@pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(pp=2)], ids=["dp2", "pp2"])
+def test_unchecked_a_nan_is_skipped_and_reaches_no_weight(parallel: ParallelConfig) -> None:
+    for found in run_ranks(2, _unchecked, parallel):
+        assert [one["skipped"] for one in found] == [1.0, 1.0, 0.0]
+        assert [math.isfinite(one["grad_norm"]) for one in found] == [False, False, True]
+        assert len({one["lr"] for one in found}) == 1  # the schedule waits too
+
+
+def _never_finite(scale: LossScaleConfig) -> tuple[int, str]:
+    """Steps that a NaN gradient of a finite loss is taken for an overflow, and the error that ends it."""
+    groups = make_groups(Case())
+    engine = make_engine(Case(engine=replace(LOW, precision="fp16", loss_scale=scale)), groups)
+    batch, before = global_batch(0), _weights(engine)
+    poisoned = Poisoned(float(batch.per_row["goal"][5]), "gradient")
+    for skipped in range(50):
+        try:
+            assert engine.update(poisoned, shard_of(batch, groups))["skipped"] == 1.0
+        except NonFiniteError as error:
+            assert not _changed(engine, before)
+            return skipped, str(error)
+    return 50, ""
+
+
+@pytest.mark.parametrize(
+    ("scale", "halvings"),
+    [(LossScaleConfig(initial=4.0, minimum=1.0, hysteresis=1), 2), (LossScaleConfig(initial=64.0, window=0), 0)],
+    ids=["dynamic", "constant"],
+)
+def test_fp16_gradients_that_are_no_numbers_at_any_scale_end_the_run(scale: LossScaleConfig, halvings: int) -> None:
+    for skipped, said in run_ranks(2, _never_finite, scale):
+        assert skipped == halvings + 9
+        assert "the last 10 gradients in a row overflowed" in said
+        assert "although the loss is" in said
 
 
 class Skips(Squares):

@@ -38,10 +38,13 @@ STRINGS = ("。", "\nUser:", "<end>", "stop", "🙂", "é b", " 头", "aab")
 ALPHABET = st.sampled_from("aab 头痛。\n🙂é囧<end>" + "病") | st.sampled_from(["\nUser:", "stop", "é b", "囍囍"])
 
 
-def _first_end(ids: Sequence[int], decode: Callable[[Sequence[int]], str], strings: Sequence[str]) -> int | None:
-    """The number of tokens whose whole text first holds a string."""
-    for count in range(1, len(ids) + 1):
-        if any(string in decode(ids[:count]) for string in strings):
+def _first_end(
+    ids: Sequence[int], decode: Callable[[Sequence[int]], str], strings: Sequence[str], least: int = 0
+) -> int | None:
+    """The number of tokens, ``least`` or more, whose whole text first holds a string that ends in the last of them."""
+    for count in range(max(1, least), len(ids) + 1):
+        known, text = len(decode(ids[: count - 1]).rstrip("\ufffd")), decode(ids[:count])
+        if any(text.find(string, max(0, known - len(string) + 1)) >= 0 for string in strings):
             return count
     return None
 
@@ -55,11 +58,13 @@ def _watched_end(
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=150, deadline=None)
-@given(st.lists(ALPHABET, max_size=25), st.sets(st.sampled_from(STRINGS), min_size=1, max_size=3))
-def test_a_row_ends_where_its_whole_text_first_holds_a_string(kind: str, parts: list[str], strings: set[str]) -> None:
+@given(st.lists(ALPHABET, max_size=25), st.sets(st.sampled_from(STRINGS), min_size=1, max_size=3), st.integers(0, 12))
+def test_a_row_ends_where_its_whole_text_first_holds_a_string(
+    kind: str, parts: list[str], strings: set[str], least: int
+) -> None:
     encode, decode = KINDS[kind]
     ids = encode("".join(parts))
-    assert _watched_end(ids, decode, sorted(strings)) == _first_end(ids, decode, sorted(strings))
+    assert _watched_end(ids, decode, sorted(strings), least) == _first_end(ids, decode, sorted(strings), least)
 
 
 def test_characters_of_several_tokens_and_strings_over_boundaries_are_found() -> None:
@@ -99,6 +104,13 @@ def test_a_string_before_the_minimum_length_does_not_end_the_row() -> None:
     ids = [1, 2, 3, 1, 2, 3]
     assert _watched_end(ids, lambda some: "".join("-ab."[i] for i in some), ["."]) == 3
     assert _watched_end(ids, lambda some: "".join("-ab."[i] for i in some), ["."], least=4) == 6
+
+
+def test_a_short_string_that_a_longer_one_keeps_in_sight_does_not_end_the_row_later() -> None:
+    ids = list(range(6))
+    assert _watched_end(ids, lambda some: "".join("xabcde"[i] for i in some), ["ab", "wxyz"], least=4) is None
+    assert _watched_end(ids, lambda some: "".join("xababz"[i] for i in some), ["ab", "wxyz"], least=4) == 5
+    assert _watched_end(ids, lambda some: "".join("aaaaaa"[i] for i in some), ["aa", "wxyz"], least=4) == 4
 
 
 def test_empty_and_broken_strings_are_refused() -> None:

@@ -40,8 +40,7 @@ MODEL = {
 STAGES: dict[str, dict[str, Any]] = {
     "pretrain": {"data.sequence_length": 64, "algorithm.global_batch_size": 4},
     "sft": {"algorithm.global_batch_size": 4},
-    # without centering the gradient of the head's bias is 0 but for rounding, which Adam blows up to a step
-    "reward": {"algorithm.global_batch_size": 3, "algorithm.centering": 0.1},
+    "reward": {"algorithm.global_batch_size": 3},
     "ppo": {
         "algorithm.prompts_per_step": 4,
         "algorithm.minibatch_size": 2,
