@@ -25,6 +25,7 @@ from torch import Tensor
 from megatron_zj.algorithms.ppo import PPO, PPORoles
 from megatron_zj.algorithms.shaping import ScoreScale, Shaping
 from megatron_zj.config.algorithm import PPOConfig, SamplingConfig
+from megatron_zj.config.derived import ALL
 from megatron_zj.config.model import HeadKind, ModelConfig
 from megatron_zj.config.optim import EngineConfig, OptimConfig
 from megatron_zj.config.parallel import ParallelConfig
@@ -36,7 +37,7 @@ from megatron_zj.engine.optimizer import Optimizer
 from megatron_zj.models.canonical import canonical_tensors, initial_tensor, write_stage
 from megatron_zj.models.presets import preset
 from megatron_zj.roles.exchange import Exchange
-from megatron_zj.roles.placement import ALL, build_placements
+from megatron_zj.roles.placement import build_placements
 from megatron_zj.roles.role import Role
 from megatron_zj.roles.world import World, gather_in_order
 from megatron_zj.rollout.generate import Rollout

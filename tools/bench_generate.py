@@ -34,6 +34,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_zj.config.algorithm import SamplingConfig
+from megatron_zj.config.derived import ALL
 from megatron_zj.config.model import ModelConfig
 from megatron_zj.config.optim import EngineConfig
 from megatron_zj.config.parallel import ParallelConfig
@@ -42,7 +43,7 @@ from megatron_zj.engine.build import build_engine
 from megatron_zj.engine.engine import Engine
 from megatron_zj.models.canonical import read_stage
 from megatron_zj.models.presets import preset
-from megatron_zj.roles.placement import ALL, build_placements
+from megatron_zj.roles.placement import build_placements
 from megatron_zj.rollout.generate import generate
 
 ROWS, NEW_TOKENS = 32, 64

@@ -30,13 +30,14 @@ import torch.distributed as dist
 
 from megatron_zj.algorithms.pretrain import NextToken
 from megatron_zj.algorithms.supervised import Supervised
+from megatron_zj.config.derived import ALL
 from megatron_zj.config.model import ModelConfig
 from megatron_zj.config.optim import EngineConfig, OptimConfig
 from megatron_zj.config.parallel import ParallelConfig
 from megatron_zj.data.batch import Batch, Rows
 from megatron_zj.engine.build import build_engine
 from megatron_zj.roles.exchange import Exchange
-from megatron_zj.roles.placement import ALL, build_placements
+from megatron_zj.roles.placement import build_placements
 from megatron_zj.roles.role import Role
 from megatron_zj.roles.world import World
 from megatron_zj.runtime.timers import Timers

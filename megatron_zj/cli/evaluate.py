@@ -64,14 +64,14 @@ def main(argv: Sequence[str]) -> int:
 def plan_suites(config: EvaluationConfig) -> dict[Suite, list[Path]]:
     """Which files each suite reads.  Raises ConfigError where that is not clear, or a file is missing."""
     files = [Path(name) for name in config.data.files]
-    problems = [f"data.files: {path} does not exist" for path in files if not path.is_file()]
+    problems = [f"data.files: {path} is no file that exists" for path in files if not path.is_file()]
     if not files:
         problems.append("data.files: nothing to evaluate on; give data.files=[FILE,...]")
     if not config.suites:
         problems.append("suites: none given; such as suites=[exam]")
     elif len(config.suites) not in (1, len(files)):
         problems.append(f"suites: {len(config.suites)} for {len(files)} files; give one for all, or one for each")
-    problems += _contest_problems(config)
+    problems += [*_contest_problems(config), *_ignored(config)]
     if problems:
         raise ConfigError(problems)
     suites = config.suites * len(files) if len(config.suites) == 1 else config.suites
@@ -95,6 +95,23 @@ def evaluate(config: EvaluationConfig, plan: dict[Suite, list[Path]], process: P
             _write(path, {"checkpoint": str(model.folder), "step": model.step, **results[suite]})
             logger.info("%s: %s  -> %s", suite, _headline(results[suite]), path)
     return results
+
+
+def _ignored(config: EvaluationConfig) -> list[str]:
+    """Settings that none of the suites looks at."""
+    problems = []
+    plain = EvaluationConfig(checkpoint=config.checkpoint)
+    settings = {
+        "data.format": (config.data.format != plain.data.format, ("preference", "dialogue")),
+        "data.on_bad_record": (config.data.on_bad_record != plain.data.on_bad_record, _OF_RECORDS),
+        "limit": (config.limit != plain.limit, (*_OF_RECORDS, "ner")),
+    }
+    for name, (given, suites) in settings.items():
+        if given and config.suites and not set(config.suites) & set(suites):
+            problems.append(f"{name}: only {', '.join(suites)} use it; leave it out")
+    if config.margin and config.against is None:
+        problems.append("margin: only a comparison uses it; give against=OTHER_RUN_DIR, or leave it out")
+    return problems
 
 
 def _contest_problems(config: EvaluationConfig) -> list[str]:
@@ -123,18 +140,18 @@ def _contest(against: Path, suite: Suite, result: Json, margin: float) -> Json:
 
 
 def _exam(model: LoadedModel, config: EvaluationConfig, files: Sequence[Path]) -> Json:
-    items = _first(config, [item for path in files for item in read_exam(path)])
+    items = _first(config, [item for path in files for item in read_exam(path, config.data.on_bad_record)])
     return dataclasses.asdict(take_exam(items, _codec(model), model.option_logprobs))
 
 
 def _clinic(model: LoadedModel, config: EvaluationConfig, files: Sequence[Path]) -> Json:
     clinic = load_clinic()
-    cases = _first(config, [case for path in files for case in read_cases(path, clinic)])
+    cases = _first(config, [case for path in files for case in read_cases(path, clinic, config.data.on_bad_record)])
     return dataclasses.asdict(take_cases(clinic, cases, _codec(model), _generate(model, config)))
 
 
 def _safety(model: LoadedModel, config: EvaluationConfig, files: Sequence[Path]) -> Json:
-    probes = _first(config, [probe for path in files for probe in read_probes(path)])
+    probes = _first(config, [probe for path in files for probe in read_probes(path, config.data.on_bad_record)])
     result, texts = take_safety(probes, _codec(model), _generate(model, config))
     return {**dataclasses.asdict(result), "answers": texts}
 
@@ -188,6 +205,7 @@ SUITES: dict[Suite, Callable[[LoadedModel, EvaluationConfig, Sequence[Path]], Js
     "cami": _cami,
     "mica": _mica,
 }
+_OF_RECORDS: tuple[Suite, ...] = ("exam", "clinic", "safety", "dialogue", "preference")
 ITEM_SCORES: dict[Suite, Callable[[Json], list[float]]] = {
     "clinic": lambda result: [answer["score"] for answer in result["answers"]],
     "dialogue": lambda result: result["scores"],

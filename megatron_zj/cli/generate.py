@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from megatron_zj.cli.inference import LoadedModel, compose_inference, help_text, wants_help
 from megatron_zj.cli.main import guarded
-from megatron_zj.config.inference import InferenceConfig
+from megatron_zj.config.inference import GenerationConfig
 from megatron_zj.config.loader import ConfigError
 from megatron_zj.data.chat import render_prompt
 from megatron_zj.data.raw import read_raw
@@ -25,9 +25,9 @@ ANSWERS = "answers.jsonl"  # in run.dir
 def main(argv: Sequence[str]) -> int:
     """Read prompts, sample, write ``run.dir/answers.jsonl`` with {"prompt", "answer", "finished"} a line."""
     if wants_help(argv):
-        sys.stdout.write(help_text(__doc__, InferenceConfig))
+        sys.stdout.write(help_text(__doc__, GenerationConfig))
         return 0
-    config = compose_inference(argv, InferenceConfig)
+    config = compose_inference(argv, GenerationConfig)
     if not config.data.files:
         raise ConfigError(["data.files: no prompts; give data.files=[FILE,...]"])
     with session(config.run.device, config.run.timeout_seconds) as process:
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def generate_answers(config: InferenceConfig, process: Process) -> None:
+def generate_answers(config: GenerationConfig, process: Process) -> None:
     """Collective over the world; rank 0 writes, and the file appears whole or not at all."""
     found = read_raw(config.data.files, "prompts", config.data.format, config.data.on_bad_record)
     records = [record for record in found if isinstance(record, PromptRecord)]

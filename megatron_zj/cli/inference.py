@@ -5,27 +5,31 @@ Every function here is collective over the world and takes and returns whole lis
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from megatron_zj.checkpoint.load import load, newest
-from megatron_zj.checkpoint.manifest import TOKENIZER, RoleInfo, read_manifest
+from megatron_zj.checkpoint.load import agreed_newest, load
+from megatron_zj.checkpoint.manifest import TOKENIZER, Manifest, RoleInfo, read_manifest, read_tokenizer
 from megatron_zj.cli.prepare import settings
 from megatron_zj.config.algorithm import SamplingConfig
+from megatron_zj.config.data import TokenizerConfig
+from megatron_zj.config.derived import ALL
 from megatron_zj.config.inference import InferenceConfig, SourceConfig
 from megatron_zj.config.loader import ConfigError, to_dict
 from megatron_zj.config.loader import load as load_config
 from megatron_zj.config.model import HeadKind
+from megatron_zj.config.optim import EngineConfig
 from megatron_zj.data.batch import Batch, Rows
 from megatron_zj.data.chat import ChatTemplate, chat_template
 from megatron_zj.data.stream import share
 from megatron_zj.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_zj.engine.build import build_engine
 from megatron_zj.roles.exchange import Exchange
-from megatron_zj.roles.placement import ALL, build_placements
+from megatron_zj.roles.placement import build_placements
 from megatron_zj.roles.role import Role
 from megatron_zj.roles.world import World, WorldBatch, gather_in_order
 from megatron_zj.rollout.generate import Rollout
@@ -67,13 +71,13 @@ class LoadedModel:
 
     def __init__(self, config: InferenceConfig, process: Process, *, untrained: bool = False) -> None:
         """``untrained``: fresh weights drawn from ``run.seed`` instead of the checkpoint's."""
-        folder = newest(config.checkpoint.load)
+        folder = agreed_newest(config.checkpoint.load)
         if folder is None:
             raise ConfigError([f"checkpoint.load: no complete checkpoint in {config.checkpoint.load}"])
         manifest = read_manifest(folder)
         name, info = _pick_role(manifest.roles, config.checkpoint.role, folder)
         self.folder, self.step, self.name, self.info = folder, manifest.step, name, info
-        self.tokenizer: Tokenizer = load_tokenizer(folder / TOKENIZER)
+        self.tokenizer: Tokenizer = _tokenizer(config.tokenizer, folder, manifest, info)
         self.template: ChatTemplate = chat_template(config.data.template or _trained_template(manifest.config))
         self.world, self.process, self.seed = World.current(), process, config.run.seed
         placement = build_placements(config.parallel, {}, {ALL}, process.world_size, config.run.timeout_seconds)[ALL]
@@ -83,7 +87,7 @@ class LoadedModel:
             info.model,
             info.head,
             placement.groups,
-            config.engine,
+            EngineConfig(**dataclasses.asdict(config.engine)),
             None,
             1,
             process.device,
@@ -91,7 +95,7 @@ class LoadedModel:
             awaits_weights=not untrained,
         )
         if not untrained:
-            load(folder, {name: engine}, weights_only=True)
+            load(folder, {name: engine}, weights_only=True, tokenizer=self.tokenizer.fingerprint())
         self.role = Role(name, placement, engine, Exchange(process.activity))
 
     def continuations(
@@ -202,6 +206,20 @@ def _pick_role(roles: Any, wanted: str | None, folder: Path) -> tuple[str, RoleI
     if name not in roles:
         raise ConfigError([f"checkpoint.role: {folder} has no role {name!r}; it has {', '.join(sorted(roles))}"])
     return name, roles[name]
+
+
+def _tokenizer(config: TokenizerConfig, folder: Path, manifest: Manifest, info: RoleInfo) -> Tokenizer:
+    """The one that is named, else the checkpoint's own (a checkpoint converted without one has none)."""
+    if config.path is None and not (folder / TOKENIZER).is_dir():
+        raise ConfigError([f"tokenizer.path: {folder} holds no tokenizer; name the one its model was trained with"])
+    if config.path is None:
+        tokenizer = read_tokenizer(folder, manifest, config.special_tokens)
+    else:
+        tokenizer = load_tokenizer(config.path, config.special_tokens)
+    if tokenizer.vocab_size > info.model.vocab_size:
+        rows = f"the model of {folder} has {info.model.vocab_size} rows"
+        raise ConfigError([f"tokenizer.path: {config.path} has {tokenizer.vocab_size} ids, and {rows}; name its own"])
+    return tokenizer
 
 
 def _trained_template(config: Any) -> str:

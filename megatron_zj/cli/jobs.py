@@ -41,24 +41,27 @@ class Job:
     config: RunConfig
     world_size: int
     folder: Path
+    swept: bool  # one of several under one folder; False: a lone run, whose folder is the user's run.dir
 
     @classmethod
-    def of(cls, index: int, point: Sequence[str], config: RunConfig, world_size: int, folder: Path) -> Job:
+    def of(
+        cls, index: int, point: Sequence[str], config: RunConfig, world_size: int, folder: Path, *, swept: bool
+    ) -> Job:
         """A job whose configuration says its folder and its ranks."""
         settled = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=folder), world_size=world_size)
-        return cls(index, tuple(point), settled, world_size, folder)
+        return cls(index, tuple(point), settled, world_size, folder, swept)
 
     @classmethod
     def read(cls, folder: Path) -> Job:
-        """A job that was frozen before."""
+        """A job of a sweep that was frozen before."""
         config = load_frozen(folder / "config.yaml")
         overrides = tuple(json.loads((folder / "overrides.json").read_text(encoding="utf-8")))
-        return cls(0, overrides, config, config.world_size or 1, folder)
+        return cls(0, overrides, config, config.world_size or 1, folder, swept=True)
 
     @property
     def name(self) -> str:
         """For tables: the folder's name, or the whole folder of a lone run."""
-        return self.folder.name if re.match(r"\d{3}", self.folder.name) else str(self.folder)
+        return self.folder.name if self.swept else str(self.folder)
 
 
 def expand(overrides: Sequence[str]) -> list[tuple[str, ...]]:
@@ -76,18 +79,14 @@ def expand(overrides: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def freeze(job: Job) -> None:
-    """Write the job's folder.  A folder that holds another configuration is refused, so that no run mixes two."""
+    """Write the job's folder.  A sweep's folder with another configuration is refused: its name would be a lie."""
     path = job.folder / "config.yaml"
-    if _is_sweep_folder(job.folder) and path.read_text(encoding="utf-8") != frozen_text(job.config):
-        raise ConfigError([f"{path} is another configuration; remove that folder or give another --dir"])
+    if job.swept and path.exists() and path.read_text(encoding="utf-8") != frozen_text(job.config):
+        raise ConfigError([f"{path} is another configuration; give another --dir, or remove that job's folder"])
     save_frozen(job.config, path)
     _write_json(job.folder / "overrides.json", list(job.overrides))
     if read_state(job.folder) is None:
         write_state(job, "waiting")
-
-
-def _is_sweep_folder(folder: Path) -> bool:
-    return (folder / "config.yaml").exists() and re.match(r"\d{3}_?", folder.name) is not None
 
 
 def read_state(folder: Path) -> State | None:

@@ -11,6 +11,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -62,19 +63,31 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="a sweep has commas: optim.lr=1e-4,3e-4")
     parser.add_argument("-m", "--multirun", action="store_true", help="every combination of the values given")
     parser.add_argument("--config", type=Path, help="a frozen configuration instead of overrides")
-    parser.add_argument("--nproc", type=int, metavar="N", help="ranks; default: the configuration's world_size, else 1")
-    parser.add_argument("--max-restarts", type=int, default=0, metavar="N", help="times torchrun restarts dead workers")
+    parser.add_argument(
+        "--nproc", type=_count, metavar="N", help="ranks; default: the configuration's world_size, else 1"
+    )
+    parser.add_argument(
+        "--max-restarts",
+        type=partial(_count, least=0),
+        default=0,
+        metavar="N",
+        help="times torchrun restarts dead workers",
+    )
     parser.add_argument("--dir", type=Path, help="folder of a sweep's jobs; default runs/sweeps/<experiment>")
     parser.add_argument("--dry-run", action="store_true", help="compose, check, and print the commands")
     parser.add_argument("--no-files", action="store_true", help="do not look for input files (they are elsewhere)")
     parser.add_argument("--status", type=Path, metavar="DIR", help="print how the jobs of a sweep stand, and end")
     slurm = parser.add_argument_group("SLURM")
     slurm.add_argument("--slurm", action="store_true", help="write one sbatch array instead of running")
-    slurm.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes a job; world_size is shared among them")
+    slurm.add_argument(
+        "--nodes", type=_count, default=1, metavar="N", help="nodes a job; world_size is shared among them"
+    )
     slurm.add_argument("--time", default="24:00:00", help="time limit of a job")
     slurm.add_argument("--partition", help="SLURM partition")
     slurm.add_argument("--account", help="SLURM account")
-    slurm.add_argument("--parallel-jobs", type=int, default=8, metavar="N", help="jobs of the array at the same time")
+    slurm.add_argument(
+        "--parallel-jobs", type=_count, default=8, metavar="N", help="jobs of the array at the same time"
+    )
     options = parser.parse_intermixed_args(list(argv))
     if options.config is not None and (options.overrides or options.multirun):
         parser.error("--config is a whole configuration; it takes no overrides and no --multirun")
@@ -83,6 +96,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         name = chosen[0] if chosen and "," not in chosen[0] else "sweep"
         options.dir = Path("runs/sweeps") / name
     return options
+
+
+def _count(text: str, least: int = 1) -> int:
+    """A number of things, of an option."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, got {text!r}")
+    return int(text)
 
 
 def _plan(options: argparse.Namespace) -> list[Job]:
@@ -105,7 +125,7 @@ def _plan(options: argparse.Namespace) -> list[Job]:
             continue
         label = [text for text in point if text not in fixed]
         folder = config.run.dir if one_folder else options.dir / job_name(index, label)
-        jobs.append(Job.of(index, point, config, world_size, folder))
+        jobs.append(Job.of(index, point, config, world_size, folder, swept=not one_folder))
     if problems:
         raise ConfigError(problems)
     if options.slurm and any(job.world_size % options.nodes for job in jobs):

@@ -26,8 +26,8 @@ usage: zj prepare tokenizer.path=PATH data.files=[FILE,...] out=DIR [key=value .
   workers             processes that tokenize (1)
   shard_chars         characters of input a shard, about (4000000)
 
-An interrupted preparation continues when the same command is run again.  Files: txt json jsonl csv tsv parquet, each
-also .gz, in UTF-8 or GB18030.  Formats:
+An interrupted preparation continues when the same command is run again.  Files: txt json jsonl csv tsv, each also .gz,
+in UTF-8 or GB18030, and parquet; a folder stands for those in it.  Formats:
 """
 
 

@@ -12,6 +12,7 @@ from megatron_zj.cli.main import guarded
 from megatron_zj.cli.prepare import settings
 from megatron_zj.config.data import OnBadRecord
 from megatron_zj.config.loader import ConfigError, load
+from megatron_zj.config.ranges import check_ranges
 from megatron_zj.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from megatron_zj.data.vocabulary import extend_vocabulary, texts_of_files, train_sentencepiece
 
@@ -28,9 +29,9 @@ PATH is a .model file or a tokenizer folder.  Give out as tokenizer.path to the 
 
 @dataclass(frozen=True, kw_only=True)
 class TextFiles:
-    """Raw files of any format."""
+    """Raw files of any format, or folders of them."""
 
-    files: tuple[str, ...]  # of any format; all their texts are used
+    files: tuple[str, ...]  # all their texts are used
     on_bad_record: OnBadRecord = "error"  # skip: leave out
 
 
@@ -44,6 +45,9 @@ class TrainConfig:
     model_type: Literal["bpe", "unigram"] = "bpe"  # of SentencePiece
     special_tokens: tuple[str, ...] = ()  # text never gives these; ids 4, 5 ...
     character_coverage: float = 0.9995  # of the texts' characters; the rest is spelt in bytes
+
+    def __post_init__(self) -> None:
+        check_ranges(self, vocab_size="[1, inf)", character_coverage="(0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)

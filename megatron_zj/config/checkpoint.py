@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_zj.config.ranges import check_ranges
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
@@ -17,3 +19,6 @@ class CheckpointConfig:
     keep_last: int = 2  # newest ones kept; 0: all
     keep_every: int = 0  # multiples of this step are never deleted; 0: none
     async_save: bool = False  # write in the background
+
+    def __post_init__(self) -> None:
+        check_ranges(self, every="[0, inf)", keep_last="[0, inf)", keep_every="[0, inf)")

@@ -20,6 +20,7 @@ from megatron_zj.config.derived import (
     Block,
     engine_of,
     longest_row,
+    misfits,
     optimizer_steps,
     placements,
     roles,
@@ -102,8 +103,6 @@ def missing_inputs(config: RunConfig) -> list[Finding]:
 
 
 def _world(config: RunConfig, world_size: int | None) -> Iterator[Finding]:
-    if config.world_size is not None and config.world_size < 1:
-        yield Finding(key="world_size", message=f"must be >= 1, got {config.world_size}")
     if world_size is not None and config.world_size not in (None, world_size):
         yield Finding(
             key="world_size",
@@ -156,35 +155,9 @@ def _layout(config: RunConfig, blocks: list[Block], world_size: int | None) -> I
 
 def _model_split(config: RunConfig, blocks: list[Block]) -> Iterator[Finding]:
     """The model's sizes divide by the axes."""
-    model = config.model
     for block in blocks:
-        tp, stages = block.parallel.tp, block.parallel.pp * block.parallel.vpp
-        sizes = {
-            "num_attention_heads": model.num_attention_heads,
-            **({} if model.kv_heads == model.num_attention_heads else {"num_query_groups": model.kv_heads}),
-            "ffn_hidden_size": model.ffn_hidden_size,
-            "vocab_multiple": model.vocab_multiple,
-        }
-        for name, size in sizes.items():
-            if size % tp:
-                divisors = [d for d in range(1, tp + 1) if size % d == 0]
-                yield Finding(
-                    key=f"{block.key}.tp",
-                    message=f"model.{name} = {size} is not divisible by tp = {tp}; use a tp of {_list(divisors)}"
-                    + (
-                        f", or model.{name} a multiple of {tp}" if name in ("vocab_multiple", "ffn_hidden_size") else ""
-                    ),
-                )
-        if model.num_layers % stages:
-            yield Finding(
-                key=f"{block.key}.pp",
-                message=f"model.num_layers = {model.num_layers} is not divisible by pp x vpp = {stages}; "
-                f"change {block.key}.pp, {block.key}.vpp or model.num_layers",
-            )
-
-
-def _list(values: list[int]) -> str:
-    return ", ".join(str(value) for value in values[:-1]) + (" or " if len(values) > 1 else "") + str(values[-1])
+        for axis, message in misfits(config.model, block.parallel):
+            yield Finding(key=f"{block.key}.{axis}", message=message)
 
 
 def _engines(config: RunConfig, blocks: list[Block]) -> Iterator[Finding]:
@@ -204,18 +177,17 @@ def _engines(config: RunConfig, blocks: list[Block]) -> Iterator[Finding]:
             role = role_of[name]
             engine = engine_of(config, role)
             key = f"algorithm.{name}.engine" if role.engine else "engine"
-            if engine.recompute == "full" and not 1 <= engine.recompute_num_layers <= max(layers, 1):
+            if engine.recompute == "full" and layers % engine.recompute_num_layers:
                 yield Finding(
                     key=f"{key}.recompute_num_layers",
-                    message=f"{engine.recompute_num_layers} is not in 1..{layers}, the layers of a pipeline chunk",
+                    message=f"{engine.recompute_num_layers} does not divide the {layers} layers of a pipeline chunk; "
+                    "change it or the layout",
                 )
             if config.model.fp8 != "none" and engine.precision == "fp32":
                 yield Finding(key=f"{key}.precision", message="model.fp8 needs bf16 or fp16")
             if engine.precision == "fp16" and config.run.device == "cpu":
                 yield Finding(level="note", key=f"{key}.precision", message="fp16 on a CPU is slow; fp32 is faster")
-    if not 0 <= config.model.dropout < 1:
-        yield Finding(key="model.dropout", message=f"must be in [0, 1), got {config.model.dropout}")
-    elif config.model.dropout > 0:
+    if config.model.dropout > 0:
         yield Finding(
             level="note",
             key="model.dropout",
@@ -235,8 +207,6 @@ def _lengths(config: RunConfig) -> Iterator[Finding]:
     """The longest sequence against positions and the micro-batch."""
     longest, positions = longest_row(config), config.model.max_position_embeddings
     key = "data.sequence_length" if isinstance(config.data, CorpusConfig) else "data.max_length"
-    if longest < 2:
-        yield Finding(key=key, message=f"a sequence of {longest} tokens has nothing to predict; use 2 or more")
     if sampling_of(config) is not None:
         what = f"{key} + algorithm.sampling.max_new_tokens = {longest}"
         lower = f"{key} or algorithm.sampling.max_new_tokens"
@@ -280,8 +250,6 @@ def _batches(config: RunConfig, blocks: list[Block]) -> Iterator[Finding]:
                 key=key,
                 message=f"{units} is not a multiple of dp = {block.dp}: results are the same, but some ranks wait",
             )
-    if config.run.num_steps < 1:
-        yield Finding(key="run.num_steps", message=f"must be >= 1, got {config.run.num_steps}")
 
 
 def _schedule(config: RunConfig) -> Iterator[Finding]:
@@ -290,10 +258,13 @@ def _schedule(config: RunConfig) -> Iterator[Finding]:
         optim = role.optim or config.optim
         key = f"algorithm.{name}.optim" if role.optim else "optim"
         if optim.warmup_steps and optim.decay_steps is None and optim.warmup_steps >= steps:
+            constant = optim.schedule == "constant"
+            what = "the peak rate is never reached" if constant else f"no step is left for the {optim.schedule} decay"
             yield Finding(
-                level="note",
+                level="note" if constant else "error",
                 key=f"{key}.warmup_steps",
-                message=f"{optim.warmup_steps} of the run's {steps} optimizer steps: the peak rate is never reached",
+                message=f"{optim.warmup_steps} of the run's {steps} optimizer steps: {what}; lower it, raise "
+                f"run.num_steps, or set {key}.decay_steps",
             )
         if role.optim is None:
             break
@@ -303,18 +274,13 @@ def _validation(config: RunConfig) -> Iterator[Finding]:
     data = config.data
     if isinstance(data, PromptsConfig):
         return
-    if not 0 <= data.validation_fraction < 1:
-        yield Finding(
-            key="data.validation_fraction",
-            message=f"must be at least 0 and less than 1, got {data.validation_fraction}",
-        )
     if isinstance(data, CorpusConfig):
         if data.weights is not None and len(data.weights) != len(data.files):
             yield Finding(
                 key="data.weights", message=f"{len(data.weights)} weights for {len(data.files)} data.files; one a file"
             )
-        if data.weights is not None and (min(data.weights, default=1) < 0 or sum(data.weights) <= 0):
-            yield Finding(key="data.weights", message="must be >= 0 and sum to more than 0")
+        elif data.weights is not None and not sum(data.weights):
+            yield Finding(key="data.weights", message="all are 0; give a file you want a positive weight")
     elif data.validation_files and data.validation_fraction:
         yield Finding(level="note", key="data.validation_fraction", message="not used: there are data.validation_files")
 
@@ -328,16 +294,17 @@ def _starting_points(config: RunConfig) -> Iterator[Finding]:
 
 
 def _packages(config: RunConfig) -> Iterator[Finding]:
-    if config.model.kernels == "te" and importlib.util.find_spec("transformer_engine") is None:
-        yield Finding(
-            key="model.kernels",
-            message="te needs Transformer Engine, which is not installed here: pip install 'megatron-zj[te]', or "
-            "model.kernels=auto",
-        )
-    if config.run.wandb_project and importlib.util.find_spec("wandb") is None:
-        yield Finding(
-            key="run.wandb_project", message="wandb is not installed here: pip install wandb, or leave it null"
-        )
+    model, run = config.model, config.run
+    asked = (  # the key, whether it asks for a package, the package, what to install, what to write instead
+        ("model.kernels", model.kernels == "te", "transformer_engine", "'megatron-zj[te]'", "auto"),
+        ("model.kernels", model.kernels == "triton", "triton", "triton", "auto"),
+        ("run.wandb_project", run.wandb_project is not None, "wandb", "wandb", "null"),
+        ("run.tensorboard", run.tensorboard, "tensorboard", "tensorboard", "false"),
+    )
+    for key, wanted, package, name, instead in asked:
+        if wanted and importlib.util.find_spec(package) is None:
+            message = f"needs {package}, which is not installed here: pip install {name}, or {key}={instead}"
+            yield Finding(key=key, message=message)
 
 
 def _files(config: RunConfig) -> Iterator[Finding]:

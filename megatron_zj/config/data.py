@@ -6,7 +6,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_zj.config.loader import ConfigError
+from megatron_zj.config.ranges import check_ranges
+
 OnBadRecord = Literal["error", "skip"]
+Template = Literal["ziya", "chimed_gpt"]  # the tables of data/chat.py
+FormatName = Literal[  # auto, or a name of data/formats
+    "auto",
+    "ranked",
+    "medicalgpt_reward",
+    "pairs",
+    "disc_ranked",
+    "zhongjing_ranking",
+    "zhongjing_labels",
+    "best_first",
+    "cmdd",
+    "cmdd_raw",
+    "messages",
+    "disc",
+    "sharegpt",
+    "bentsao",
+    "toyhom",
+    "turn_lists",
+    "alpaca",
+    "tcm_classics",
+    "text_records",
+    "strings",
+    "tcm_book",
+    "remedi",
+    "text",
+    "lines",
+    "prompts",
+    "questions",
+]
 Overlong = Literal["error", "truncate", "split", "skip"]
 
 
@@ -29,17 +61,25 @@ class CorpusConfig:
     respect_documents: bool = True  # attention stops at document boundaries
     validation_fraction: float = 0.0  # of the samples, taken from the end
 
+    def __post_init__(self) -> None:
+        check_ranges(self, weights="[0, inf)", sequence_length="[2, inf)", validation_fraction="[0, 1)")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecordsConfig:
     """Records that become rows under a chat template."""
 
-    files: tuple[str, ...] = ()  # raw or prepared files, or folders of them
-    format: str = "auto"  # a name of data/formats, or auto
-    template: str = "ziya"  # a name of data/chat.py
+    files: tuple[str, ...] = ()  # raw files, folders of raw files, or prepared folders
+    format: FormatName = "auto"  # auto: by each file's first record
+    template: Template = "ziya"  # what is written around turns
     max_length: int = 512  # tokens a row
     overlong: Overlong = "truncate"  # what becomes of a longer record
     on_bad_record: OnBadRecord = "error"  # a record that cannot be used: stop, or leave it out and count
+
+    def __post_init__(self) -> None:
+        check_ranges(self, max_length="[2, inf)")
+        if self.overlong == "split" and not isinstance(self, ChatConfig):
+            raise ConfigError(["overlong: split is for dialogues (data.kind=chat); set error, truncate or skip"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +88,10 @@ class HeldOutConfig(RecordsConfig):
 
     validation_files: tuple[str, ...] = ()  # held-out records
     validation_fraction: float = 0.0  # of the records, when there are no validation_files
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, validation_fraction="[0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)

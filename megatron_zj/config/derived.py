@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_zj.config.algorithm import OnPolicyConfig, RoleConfig, SamplingConfig
 from megatron_zj.config.data import CorpusConfig
-from megatron_zj.config.model import HeadKind
+from megatron_zj.config.model import HeadKind, ModelConfig
 from megatron_zj.config.optim import EngineConfig
 from megatron_zj.config.parallel import ParallelConfig, PlacementConfig
 from megatron_zj.config.run import RunConfig
@@ -69,6 +70,33 @@ def placements(config: RunConfig, world_size: int | None = None) -> list[Block]:
 
 def _num_ranks(placement: PlacementConfig, world: int) -> int:
     return world - placement.first_rank if placement.num_ranks is None else placement.num_ranks
+
+
+def misfits(model: ModelConfig, parallel: ParallelConfig) -> Iterator[tuple[str, str]]:
+    """The axes that do not divide the model's sizes: the axis, and what is wrong and what to change."""
+    tp, stages = parallel.tp, parallel.pp * parallel.vpp
+    sizes = {
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.kv_heads,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "padded_vocab_size": model.padded_vocab_size,
+    }
+    if model.kv_heads == model.num_attention_heads:
+        del sizes["num_query_groups"]
+    raised = {"ffn_hidden_size": "ffn_hidden_size", "padded_vocab_size": "vocab_multiple"}
+    for name, size in sizes.items():
+        if size % tp:
+            divisors = ", ".join(str(divisor) for divisor in range(1, tp) if size % divisor == 0)
+            other = f", or make model.{raised[name]} a multiple of {tp}" if name in raised else ""
+            yield "tp", f"model.{name} = {size} is not divisible by tp = {tp}; use a tp of {divisors}{other}"
+    if model.num_layers % stages:
+        yield (
+            "pp",
+            (
+                f"model.num_layers = {model.num_layers} is not divisible by pp x vpp = {stages}; "
+                "change pp, vpp or model.num_layers"
+            ),
+        )
 
 
 def head_of(config: RunConfig, role: str) -> HeadKind:

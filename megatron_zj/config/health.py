@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_zj.config.ranges import check_ranges
+
 
 @dataclass(frozen=True, kw_only=True)
 class HealthConfig:
@@ -24,5 +26,4 @@ class HealthConfig:
     repetition: float | None = 0.6  # mean share of an answer's 4-grams that occurred before
 
     def __post_init__(self) -> None:
-        if self.patience < 1 or self.ratio <= 0:
-            raise ValueError(f"need patience >= 1 and ratio > 0, got {self.patience}, {self.ratio}")
+        check_ranges(self, patience="[1, inf)", ratio="(0, inf)")

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_zj.config.algorithm import SamplingConfig
-from megatron_zj.config.data import OnBadRecord
-from megatron_zj.config.optim import EngineConfig
+from megatron_zj.config.data import FormatName, OnBadRecord, Template, TokenizerConfig
+from megatron_zj.config.loader import ConfigError
+from megatron_zj.config.optim import ForwardConfig
 from megatron_zj.config.parallel import ParallelConfig
-from megatron_zj.config.run import ProcessSettings
+from megatron_zj.config.ranges import check_ranges
+from megatron_zj.config.run import OutputSettings, ProcessSettings
 
 Suite = Literal["exam", "clinic", "preference", "safety", "dialogue", "ner", "cami", "mica"]
 
@@ -24,33 +26,62 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuestionsConfig:
+class TemplateConfig:
+    """How turns are written."""
+
+    template: Template | None = None  # None: the one the checkpoint was trained with
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionsConfig(TemplateConfig):
     """What is asked."""
 
     files: tuple[str, ...] = ()  # prompts, exams, cases, rankings ...
-    format: str = "auto"  # a name of data/formats
-    template: str | None = None  # None: the one the checkpoint was trained with
+    format: FormatName = "auto"  # auto: by each file's first record
     on_bad_record: OnBadRecord = "error"  # stop at a record that cannot be used, or leave it out
 
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceConfig:
-    """One use of a checkpoint."""
+    """One use of a checkpoint; of ``zj chat``, all there is."""
 
     checkpoint: SourceConfig  # the weights to use
-    run: ProcessSettings = field(default_factory=ProcessSettings)  # where answers and results go, seed, device
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)  # for a checkpoint that holds none
+    run: ProcessSettings = field(default_factory=ProcessSettings)  # seed, device
     parallel: ParallelConfig = field(default_factory=ParallelConfig)  # any layout reads any checkpoint
-    engine: EngineConfig = field(default_factory=EngineConfig)  # precision and micro-batches
+    engine: ForwardConfig = field(default_factory=ForwardConfig)  # precision and micro-batches
     sampling: SamplingConfig = field(default_factory=SamplingConfig)  # how answers are drawn
-    data: QuestionsConfig = field(default_factory=QuestionsConfig)  # what is asked
-    limit: int = 0  # first records only; 0: all
+    data: TemplateConfig = field(default_factory=TemplateConfig)  # how turns are written
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.special_tokens and self.tokenizer.path is None:
+            raise ConfigError(
+                ["tokenizer.special_tokens: has no effect without tokenizer.path; the checkpoint's is used"]
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig(InferenceConfig):
+class GenerationConfig(InferenceConfig):
+    """What ``zj generate`` and ``zj evaluate`` have besides."""
+
+    run: OutputSettings = field(default_factory=OutputSettings)  # where answers and results go, seed, device
+    data: QuestionsConfig = field(default_factory=QuestionsConfig)  # what is asked
+    limit: int = 0  # first records only; 0: all
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, limit="[0, inf)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(GenerationConfig):
     """What ``zj evaluate`` has besides."""
 
     suites: tuple[Suite, ...] = ()  # one for all data.files, or one for each of them
     against: Path | None = None  # run.dir of another model's evaluation: win, tie and loss item by item
     margin: float = 0.0  # a difference of scores up to this is a tie
     untrained: bool = False  # ignore the weights and draw fresh ones from run.seed: the baseline
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, margin="[0, inf)")

@@ -227,6 +227,8 @@ def _load_dataclass(schema: type[Any], value: Any, path: str, problems: list[str
         return _INVALID
     try:
         return schema(**loaded)
+    except ConfigError as error:  # names the field
+        problems += [_join(path, problem) for problem in error.problems]
     except ValueError as error:
         problems.append(f"{path}: {error}" if path else str(error))
         return _INVALID

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_zj.config.ranges import check_ranges
+
 HeadKind = Literal["lm", "value", "score"]
 Want = Literal["logprobs", "entropy", "values", "scores"]  # what a head can be asked for
 
@@ -18,6 +20,19 @@ class RopeScalingConfig:
     low_freq_factor: float = 1.0  # llama3 only: wavelengths above original/low are fully scaled
     high_freq_factor: float = 4.0  # llama3 only: wavelengths below original/high are left alone
     original_max_position_embeddings: int = 8192  # positions of the pre-training, tokens
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            factor="(0, inf)",
+            low_freq_factor="(0, inf)",
+            high_freq_factor="(0, inf)",
+            original_max_position_embeddings="[1, inf)",
+        )
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"need low_freq_factor < high_freq_factor, got {self.low_freq_factor}, {self.high_freq_factor}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +59,22 @@ class ModelConfig:
     fp8: Literal["none", "hybrid", "e4m3"] = "none"  # FP8 recipe format; te kernels only
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "ffn_hidden_size", "num_layers", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        check_ranges(
+            self,
+            vocab_size="[1, inf)",
+            hidden_size="[1, inf)",
+            ffn_hidden_size="[1, inf)",
+            num_layers="[1, inf)",
+            num_attention_heads="[1, inf)",
+            num_query_groups="[1, inf)",
+            head_dim="[1, inf)",
+            max_position_embeddings="[1, inf)",
+            rope_theta="(0, inf)",
+            norm_eps="(0, inf)",
+            init_std="[0, inf)",
+            dropout="[0, 1)",
+            vocab_multiple="[1, inf)",
+        )
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
@@ -56,6 +84,8 @@ class ModelConfig:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not divisible by num_query_groups {self.kv_heads}"
             )
+        if self.head_size % 2:
+            raise ValueError(f"a head of {self.head_size} cannot be rotated in pairs; set head_dim to an even number")
         if self.fp8 != "none" and self.kernels != "te":
             raise ValueError("fp8 needs kernels=te (Transformer Engine)")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_zj.config.ranges import check_ranges
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossScaleConfig:
@@ -18,13 +20,25 @@ class LossScaleConfig:
     minimum: float = 1.0  # the scale never falls below
     hysteresis: int = 2  # overflows before the scale halves
 
+    def __post_init__(self) -> None:
+        check_ranges(self, initial="(0, inf)", window="[0, inf)", minimum="(0, inf)", hysteresis="[1, inf)")
+
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """How one model is run, apart from its layout.  None of it changes an fp32 result."""
+class ForwardConfig:
+    """How one model computes, trained or not."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     micro_batch_tokens: int = 4096  # budget of one packed micro-batch, tokens
+
+    def __post_init__(self) -> None:
+        check_ranges(self, micro_batch_tokens="[1, inf)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(ForwardConfig):
+    """How one model is run, apart from its layout.  None of it changes an fp32 result."""
+
     recompute: Literal["none", "selective", "full"] = "none"  # activation recomputation
     recompute_modules: tuple[Literal["core_attn", "mlp", "layernorm"], ...] = ("core_attn",)  # selective only
     recompute_num_layers: int = 1  # full only: layers a recomputed block
@@ -33,11 +47,11 @@ class EngineConfig:
     overlap_param_gather: bool = False  # needs distributed_optimizer and overlap_grad_reduce
     loss_scale: LossScaleConfig = LossScaleConfig()  # fp16 only
     offload_idle: bool = False  # roles that share ranks: the idle ones' weights and optimizer state go to the host
-    check_for_nan: bool = True  # stop on a NaN or Inf loss
+    check_for_nan: bool = True  # stop on a NaN or Inf loss or gradient; False: skip such steps
 
     def __post_init__(self) -> None:
-        if self.micro_batch_tokens < 1:
-            raise ValueError(f"micro_batch_tokens must be >= 1, got {self.micro_batch_tokens}")
+        super().__post_init__()
+        check_ranges(self, recompute_num_layers="[1, inf)")
         if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
             raise ValueError("overlap_param_gather needs distributed_optimizer=true and overlap_grad_reduce=true")
 
@@ -58,7 +72,19 @@ class OptimConfig:
     decay_steps: int | None = None  # None: the run's number of optimizer steps
 
     def __post_init__(self) -> None:
-        if self.lr < 0 or self.min_lr < 0 or self.min_lr > max(self.lr, 0.0):
-            raise ValueError(f"need 0 <= min_lr <= lr, got min_lr={self.min_lr} lr={self.lr}")
-        if self.warmup_steps < 0 or (self.decay_steps is not None and self.decay_steps <= self.warmup_steps):
-            raise ValueError(f"need 0 <= warmup_steps < decay_steps, got {self.warmup_steps}, {self.decay_steps}")
+        check_ranges(
+            self,
+            lr="[0, inf)",
+            min_lr="[0, inf)",
+            beta1="[0, 1)",
+            beta2="[0, 1)",
+            eps="(0, inf)",
+            weight_decay="[0, inf)",
+            clip_grad="[0, inf)",
+            warmup_steps="[0, inf)",
+            decay_steps="[1, inf)",
+        )
+        if self.min_lr > self.lr:
+            raise ValueError(f"need min_lr <= lr, got min_lr={self.min_lr} lr={self.lr}")
+        if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
+            raise ValueError(f"need warmup_steps < decay_steps, got {self.warmup_steps}, {self.decay_steps}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_zj.config.ranges import check_ranges
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
@@ -16,9 +18,7 @@ class ParallelConfig:
     sequence_parallel: bool = False  # shard activations between tensor-parallel regions; needs tp > 1
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "vpp", "cp"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        check_ranges(self, tp="[1, inf)", pp="[1, inf)", vpp="[1, inf)", cp="[1, inf)")
         if self.vpp > 1 and self.pp == 1:
             raise ValueError(f"vpp={self.vpp} needs pp > 1; set pp or vpp=1")
         if self.sequence_parallel and self.tp == 1:
@@ -37,3 +37,6 @@ class PlacementConfig:
     first_rank: int = 0  # global rank of its first rank
     num_ranks: int | None = None  # None: all the ranks from first_rank on
     parallel: ParallelConfig = ParallelConfig()
+
+    def __post_init__(self) -> None:
+        check_ranges(self, first_rank="[0, inf)", num_ranks="[1, inf)")

@@ -12,20 +12,30 @@ from megatron_zj.config.data import DataConfig, TokenizerConfig
 from megatron_zj.config.model import ModelConfig
 from megatron_zj.config.optim import EngineConfig, OptimConfig
 from megatron_zj.config.parallel import ParallelConfig, PlacementConfig
+from megatron_zj.config.ranges import check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessSettings:
-    """What every command on a model has: where it writes, its seed, its device."""
+    """What every command on a model has."""
 
-    dir: Path = Path("runs/default")  # logs, metrics, resolved config, checkpoints, results
     seed: int = 0  # root of every random stream (runtime/seed.py)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout_seconds: int = 600  # of every process group: how long a rank waits for a dead one
 
+    def __post_init__(self) -> None:
+        check_ranges(self, timeout_seconds="[1, inf)")
+
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings(ProcessSettings):
+class OutputSettings(ProcessSettings):
+    """A command that leaves files behind."""
+
+    dir: Path = Path("runs/default")  # logs, metrics, resolved config, checkpoints, results
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(OutputSettings):
     """A training run: how long it is, and what it shows."""
 
     num_steps: int = 100  # algorithm steps (optimizer steps, or PPO iterations)
@@ -34,6 +44,10 @@ class RunSettings(ProcessSettings):
     eval_every: int = 0  # steps between validation passes; 0: only at the end, where there is validation data
     tensorboard: bool = False  # also write metrics for TensorBoard into dir
     wandb_project: str | None = None  # Weights & Biases, when installed
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, num_steps="[1, inf)", log_every="[1, inf)", profile_steps="[1, inf)", eval_every="[0, inf)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,3 +65,6 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     world_size: int | None = None  # what the experiment is laid out for; ``zj check`` uses it, torchrun must match it
+
+    def __post_init__(self) -> None:
+        check_ranges(self, world_size="[1, inf)")

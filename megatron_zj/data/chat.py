@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+from megatron_zj.config.loader import suggestion
 from megatron_zj.data.errors import BadRecord, DataError
 from megatron_zj.data.tokenizer import Tokenizer
 
@@ -77,9 +78,9 @@ class Span:
 
 
 def chat_template(name: str) -> ChatTemplate:
-    """The template with this name.  Raises DataError, listing the names."""
+    """The template with this name.  Raises DataError, with the nearest known name."""
     if name not in TEMPLATES:
-        raise DataError(f"unknown chat template {name!r}\n  -> data.template is one of: {', '.join(TEMPLATES)}")
+        raise DataError(f"data.template: no template {name!r}{suggestion(name, list(TEMPLATES))}")
     return TEMPLATES[name]
 
 

@@ -8,17 +8,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import megatron_zj.data.formats  # noqa: F401  (registers the formats)
-from megatron_zj.config.data import ChatConfig, DataConfig, OnBadRecord, Overlong, RecordsConfig
+from megatron_zj.config.data import ChatConfig, OnBadRecord, Overlong, PreferenceConfig, PromptsConfig
 from megatron_zj.data.chat import chat_template
 from megatron_zj.data.errors import BadRecord, DataError
 from megatron_zj.data.formats.reading import Item
 from megatron_zj.data.formats.registry import Format, choose_format, convert_item, raw_items
+from megatron_zj.data.raw import raw_files
 from megatron_zj.data.records import Kind
 from megatron_zj.data.rows import Counts, Encoder, TooLong, Unit
 from megatron_zj.data.store import MemoryStore
 from megatron_zj.data.tokenizer import Tokenizer
 
+RowsConfig = ChatConfig | PreferenceConfig | PromptsConfig
 MAX_TOKENS_IN_MEMORY = 1 << 28  # 1 GiB of ids a rank; above that the data must be prepared
 
 
@@ -34,23 +35,11 @@ class Conversion:
     on_bad_record: OnBadRecord
 
     @classmethod
-    def of(cls, config: DataConfig, kind: Kind | None = None) -> Conversion:
-        """From a data configuration.  A corpus has no template and no limit: its documents are cut later."""
-        if isinstance(config, RecordsConfig):
-            if config.overlong == "split" and not isinstance(config, ChatConfig):
-                raise DataError(
-                    f"data.overlong=split has no meaning for data.kind={config.kind}\n"
-                    "  -> set data.overlong to error, truncate or skip"
-                )
-            return cls(
-                kind or config.kind,
-                config.format,
-                config.template,
-                config.max_length,
-                config.overlong,
-                config.on_bad_record,
-            )
-        return cls(kind or "corpus", "auto", "ziya", 2, "error", "error")
+    def of(cls, config: RowsConfig) -> Conversion:
+        """From a configuration of rows."""
+        return cls(
+            config.kind, config.format, config.template, config.max_length, config.overlong, config.on_bad_record
+        )
 
     def encoder(self, tokenizer: Tokenizer) -> Encoder:
         """The encoder of these settings; an unknown template or a missing special token is an error here."""
@@ -101,8 +90,7 @@ def _encoded(
     encoder = conversion.encoder(tokenizer)
     number = 0
     with tqdm(desc="tokenizing", unit=" records", disable=not progress) as bar:
-        for name in files:
-            path = Path(name)
+        for path in map(Path, raw_files(files)):
             form = choose_format(path, conversion.format)
             for item in raw_items(path, form):
                 yield from encode_items(path, [(number, item)], form, conversion, encoder, counts)

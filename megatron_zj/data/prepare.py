@@ -19,13 +19,21 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
 
-from megatron_zj.config.data import ChatConfig, OnBadRecord, PreferenceConfig, PromptsConfig, TokenizerConfig
+from megatron_zj.config.data import (
+    ChatConfig,
+    FormatName,
+    OnBadRecord,
+    PreferenceConfig,
+    PromptsConfig,
+    TokenizerConfig,
+)
+from megatron_zj.config.ranges import check_ranges
 from megatron_zj.data.errors import DataError
 from megatron_zj.data.formats.reading import Item
 from megatron_zj.data.formats.registry import FORMATS, choose_format, raw_items
@@ -42,6 +50,7 @@ from megatron_zj.data.prepared import (
     write_json,
     write_manifest,
 )
+from megatron_zj.data.raw import raw_files
 from megatron_zj.data.rows import Counts
 from megatron_zj.data.store import UNITS_SUFFIX, write_shard
 from megatron_zj.data.tokenizer import build_tokenizer, load_tokenizer
@@ -55,7 +64,7 @@ class TextConfig:
 
     kind: Literal["corpus"] = "corpus"
     files: tuple[str, ...] = ()  # raw files
-    format: str = "auto"  # a name of data/formats, or auto
+    format: FormatName = "auto"  # auto: by each file's first record
     on_bad_record: OnBadRecord = "error"  # skip: leave out and count
 
 
@@ -70,8 +79,7 @@ class PrepareConfig:
     shard_chars: int = 4_000_000  # characters of input a shard, about: what an interruption can lose, a worker
 
     def __post_init__(self) -> None:
-        if self.workers < 1 or self.shard_chars < 1:
-            raise ValueError(f"workers and shard_chars must be at least 1, got {self.workers}, {self.shard_chars}")
+        check_ranges(self, workers="[1, inf)", shard_chars="[1, inf)")
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,7 @@ def prepare(config: PrepareConfig, *, progress: bool = False) -> PreparedManifes
     tokenizer = build_tokenizer(config.tokenizer)
     conversion = _conversion(config)
     conversion.encoder(tokenizer)  # refuses a wrong template now, not in every shard
+    config = replace(config, data=replace(config.data, files=tuple(raw_files(config.data.files))))
     forms = {name: choose_format(Path(name), conversion.format).name for name in config.data.files}
     inputs = [_describe(Path(name), forms[name]) for name in config.data.files]
     identity = {
@@ -111,7 +120,8 @@ def prepare(config: PrepareConfig, *, progress: bool = False) -> PreparedManifes
     for shard in shards:
         counts.add(Counts(**shard.counts))
     if counts.units == 0:
-        raise DataError(f"none of {counts.records} records could be used\n" + "\n".join(counts.first_bad))
+        none = f"none of the {counts.records} records of {', '.join(config.data.files)} could be used"
+        raise DataError("\n".join([none, *counts.first_bad]))
     manifest = PreparedManifest(
         VERSION,
         job,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_zj.data.chat import Message, RoleName
 from megatron_zj.data.errors import BadRecord
+from megatron_zj.data.tokenizer import has_lone_surrogate
 
 Kind = Literal["corpus", "chat", "preference", "prompts"]
 
@@ -39,6 +41,8 @@ class PreferenceRecord:
             raise BadRecord(f"{len(self.responses)} response: a ranking needs at least two", field="responses")
         if len(self.ranks) != len(self.responses):
             raise BadRecord(f"{len(self.ranks)} ranks for {len(self.responses)} responses", field="ranks")
+        if not all(math.isfinite(rank) for rank in self.ranks):
+            raise BadRecord(f"ranks must be finite numbers, found {list(self.ranks)}", field="ranks")
         if len(set(self.ranks)) == 1:
             raise BadRecord("all responses have the same rank, so none is preferred", field="ranks")
         seen: dict[tuple[Message, ...], float] = {}
@@ -100,6 +104,8 @@ def text_of(value: Any, field: str, *, empty: bool = False) -> str:
         return ""
     if not isinstance(value, str):
         raise BadRecord(f"expected text, found {type(value).__name__}", field=field)
+    if has_lone_surrogate(value):
+        raise BadRecord("half of a character: a \\ud... escape without its other half", field=field)
     if not value.strip() and not empty:
         raise BadRecord("the text is empty", field=field)
     return value.strip()

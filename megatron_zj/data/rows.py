@@ -50,8 +50,6 @@ class Encoder:
     """Turns records of one kind into units of token rows, under one policy for overlong ones."""
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, max_length: int, overlong: Overlong) -> None:
-        if max_length < 2:
-            raise DataError(f"data.max_length must be at least 2, got {max_length}")
         self._tokenizer = tokenizer
         self._template = template
         self._max_length = max_length

@@ -7,11 +7,11 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_zj.config.data import ChatConfig, CorpusConfig, HeldOutConfig, PreferenceConfig, PromptsConfig
+from megatron_zj.config.data import ChatConfig, CorpusConfig, HeldOutConfig, PreferenceConfig
 from megatron_zj.data.corpus import CorpusUnits, DocumentTokens, SampleSet, Split, split_bounds
 from megatron_zj.data.dialogue import DialogueUnits, StoredUnits
 from megatron_zj.data.errors import DataError
-from megatron_zj.data.inputs import Conversion, load_units
+from megatron_zj.data.inputs import Conversion, RowsConfig, load_units
 from megatron_zj.data.order import KeyedPermutation
 from megatron_zj.data.preference import PreferenceUnits
 from megatron_zj.data.prepared import is_prepared, open_prepared
@@ -22,15 +22,12 @@ from megatron_zj.data.tokenizer import Tokenizer
 
 _SPLIT_SEED = 20260  # fixed: which records are held out must not change with the run's seed
 _log = logging.getLogger(__name__)
-RowsConfig = ChatConfig | PreferenceConfig | PromptsConfig
 
 
 def row_units(config: RowsConfig, tokenizer: Tokenizer, split: Split, *, progress: bool) -> StoredUnits | None:
     """Units of dialogues, rankings or prompts; None when there is no validation data."""
     validation_files = config.validation_files if isinstance(config, HeldOutConfig) else ()
     fraction = config.validation_fraction if isinstance(config, HeldOutConfig) and not validation_files else 0.0
-    if not 0 <= fraction < 1:
-        raise DataError(f"data.validation_fraction must be in [0, 1), got {fraction}")
     if split == "validation" and not validation_files and fraction == 0:
         return None
     files = validation_files if split == "validation" and validation_files else config.files
@@ -81,15 +78,10 @@ def _held_out(store: UnitStore, fraction: float) -> set[int]:
 def corpus_units(config: CorpusConfig, tokenizer: Tokenizer, seed: int, split: Split) -> CorpusUnits | None:
     """Samples of prepared text; None when there is no validation data."""
     fraction = config.validation_fraction
-    if not 0 <= fraction < 1 or config.sequence_length < 2:
-        raise DataError(
-            f"need 0 <= data.validation_fraction < 1 and data.sequence_length >= 2, got {fraction}, "
-            f"{config.sequence_length}"
-        )
     if split == "validation" and fraction == 0:
         return None
     weights = config.weights
-    if weights is not None and (len(weights) != len(config.files) or min(weights) < 0 or sum(weights) == 0):
+    if weights is not None and (len(weights) != len(config.files) or sum(weights) == 0):
         raise DataError(
             f"data.weights must be one number >= 0 a file, not all 0: {len(weights)} weights, {len(config.files)} files"
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,12 @@ HF_FILE = "tokenizer.json"
 _HF_CONFIG = "tokenizer_config.json"
 _HF_SPECIAL = "special_tokens_map.json"
 _HF_ADDED = "added_tokens.json"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def has_lone_surrogate(text: str) -> bool:
+    """Whether the text holds half of a character, which has no encoding; scraped JSON may."""
+    return _SURROGATE.search(text) is not None
 
 
 class Tokenizer(ABC):
@@ -35,9 +42,18 @@ class Tokenizer(ABC):
     pad_id: int
     specials: Mapping[str, int]
 
-    @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text: no bos, no eos, and no special token whatever the text says."""
+        """Ids of plain text: no bos, no eos, and no special token whatever the text says.
+
+        Raises DataError where the text holds half of a character.
+        """
+        if has_lone_surrogate(text):
+            raise DataError("the text holds half of a character\n  -> type or send it as UTF-8")
+        return self._encode(text)
+
+    @abstractmethod
+    def _encode(self, text: str) -> list[int]:
+        """Ids of text that has an encoding."""
 
     @abstractmethod
     def piece(self, token_id: int) -> str:
@@ -114,7 +130,7 @@ class SentencePieceTokenizer(Tokenizer):
     def _is_control(self, token_id: int) -> bool:
         return bool(self._processor.is_control(token_id))
 
-    def encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         return list(self._processor.encode(text))
 
     def piece(self, token_id: int) -> str:
@@ -183,7 +199,7 @@ class HFTokenizer(Tokenizer):
             )
         return int(token_id)
 
-    def encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def piece(self, token_id: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,8 +15,9 @@ from torch import Tensor
 
 import megatron_zj.data.formats  # noqa: F401  (registers the formats)
 from megatron_zj.config.data import OnBadRecord
-from megatron_zj.data.errors import BadRecord, DataError
+from megatron_zj.data.errors import DataError
 from megatron_zj.data.formats.registry import choose_format, convert_any, raw_items
+from megatron_zj.data.raw import raw_files, usable
 from megatron_zj.data.records import PreferenceRecord, Record, TextRecord
 from megatron_zj.data.tokenizer import SentencePieceTokenizer, Tokenizer
 
@@ -131,15 +133,10 @@ def mean_of_pieces(rows_VD: Tensor, pieces: Sequence[Sequence[int]], num_rows: i
 
 def texts_of_files(files: Sequence[str], on_bad_record: OnBadRecord = "error") -> Iterator[str]:
     """Every text in raw files of any format, for training a tokenizer: documents, turns, questions and answers."""
-    for name in files:
-        path = Path(name)
+    for path in map(Path, raw_files(files)):
         form = choose_format(path, "auto")
-        for item in raw_items(path, form):
-            try:
-                yield from _texts(convert_any(item, form))
-            except BadRecord as error:
-                if on_bad_record == "error":
-                    raise error.located(path, item.line) from error
+        for record in usable(path, raw_items(path, form), partial(convert_any, form=form), on_bad_record):
+            yield from _texts(record)
 
 
 def _texts(record: Record) -> list[str]:

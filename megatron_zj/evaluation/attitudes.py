@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_zj.data.errors import DataError
+from megatron_zj.data.formats.reading import read_lines
 from megatron_zj.evaluation.model import Codec, ScoreOptions, checked
 
 CAMI_SUBSCALES = ("authoritarianism", "benevolence", "social_restrictiveness", "community_mental_health_ideology")
@@ -67,10 +69,10 @@ def score_mica(letters: Sequence[str]) -> MicaResult:
 
 
 def read_items(path: Path, expected: int) -> list[str]:
-    """One item a line.  Raises ValueError when the scale has another number of items."""
-    items = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """One item a line.  Raises DataError when the scale has another number of items."""
+    items = [line.strip() for _, line in read_lines(path) if line.strip()]
     if len(items) != expected:
-        raise ValueError(f"{path}: {len(items)} items, the scale has {expected}; write one item a line, in its order")
+        raise DataError(f"{path}: {len(items)} items, the scale has {expected}; write one item a line, in its order")
     return items
 
 

@@ -6,21 +6,25 @@ the options, the letters are scored.  The prompt goes through the model's own ch
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from megatron_zj.config.data import OnBadRecord
+from megatron_zj.data.errors import BadRecord
+from megatron_zj.data.raw import read_table
+from megatron_zj.data.records import text_of
 from megatron_zj.evaluation.metrics import Interval, bootstrap, macro, micro
 from megatron_zj.evaluation.model import Codec, ScoreOptions, checked
 
 Style = Literal["option", "letter"]
 Normalize = Literal["sum", "mean"]
 _SUBJECT_COLUMNS = ("topic", "subject", "clinical department")  # else the file's name is the subject
+_COLUMNS = {*"abcde", "question", "answer", "options", *_SUBJECT_COLUMNS}
 _OPTION = re.compile(r"^\s*([A-H])[\s.．、:：]\s*(.*)$")
 
 
@@ -57,23 +61,9 @@ class ExamResult:
     constant_letter: bool  # every prediction is the same letter: the model does not read the question
 
 
-def read_exam(path: Path) -> list[ExamItem]:
-    """A csv of either layout, by its header.  Raises ValueError naming the line."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        names = {name.lower(): name for name in reader.fieldnames or [] if name}
-        if not {"question", "answer"} <= set(names):
-            raise ValueError(f"{path}: no exam: columns Question and Answer are needed, found {reader.fieldnames}")
-        items = []
-        for record in reader:
-            row = {key: (record[name] or "").strip() for key, name in names.items()}
-            try:
-                items.append(_item(row, path.stem))
-            except ValueError as error:
-                raise ValueError(f"{path}:{reader.line_num}: {error}") from error
-    if not items:
-        raise ValueError(f"{path}: no questions")
-    return items
+def read_exam(path: Path, on_bad_record: OnBadRecord = "error") -> list[ExamItem]:
+    """A csv (or jsonl ...) of either layout, by its column names.  Raises DataError naming file and line."""
+    return read_table(path, lambda record: _item(record, Path(path.name.removesuffix(".gz")).stem), on_bad_record)
 
 
 def take_exam(
@@ -116,16 +106,19 @@ def report(items: Sequence[ExamItem], chosen: Sequence[frozenset[str]]) -> ExamR
     )
 
 
-def _item(row: Mapping[str, str], subject: str) -> ExamItem:
+def _item(record: Mapping[str, Any], subject: str) -> ExamItem:
+    if not {"question", "answer"} <= {name.lower() for name in record}:
+        raise BadRecord(f"no exam: columns Question and Answer are needed, found {', '.join(map(str, record))}")
+    row = {name.lower(): text_of(record[name], name, empty=True) for name in record if name.lower() in _COLUMNS}
     if "options" in row:
         options = _listed_options(row["options"])
     else:
         options = {letter.upper(): row[letter] for letter in "abcde" if row.get(letter)}
     answer = frozenset(re.sub(r"[^A-H]", "", row["answer"].upper()))
     if not row["question"] or len(options) < 2:
-        raise ValueError(f"a question needs a stem and two options or more, found {len(options)}")
+        raise BadRecord(f"a question needs a stem and two options or more, found {len(options)}")
     if not answer or not answer <= set(options):
-        raise ValueError(f"answer {row['answer']!r} is not among the options {', '.join(options)}")
+        raise BadRecord(f"answer {row['answer']!r} is not among the options {', '.join(options)}")
     named = next((row[column] for column in _SUBJECT_COLUMNS if row.get(column)), subject)
     return ExamItem(named, row["question"], options, answer)
 

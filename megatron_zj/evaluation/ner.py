@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_zj.data.errors import DataError
+from megatron_zj.data.formats.reading import read_lines
 from megatron_zj.evaluation.metrics import f1
 from megatron_zj.evaluation.model import Codec, Generate
 
@@ -48,9 +50,12 @@ class EntityResult:
 def read_conll(path: Path) -> list[Sentence]:
     """``character tag`` a line, blank lines between sentences; tags B_type/I_type or B-type/I-type (BIOES too).
 
-    Raises ValueError naming the line that has no known tag.
+    Raises DataError naming the line that has no known tag, or where there is no sentence.
     """
-    return [_sentence(characters, tags) for characters, tags in _blocks(path)]
+    sentences = [_sentence(characters, tags) for characters, tags in _blocks(path)]
+    if not sentences:
+        raise DataError(f"{path}: no sentence\n  -> write 'character tag' a line, blank lines between sentences")
+    return sentences
 
 
 def parse_entities(answer: str) -> tuple[frozenset[Entity], int]:
@@ -105,7 +110,7 @@ def _score(gold: Sequence[frozenset[Entity]], predicted: Sequence[frozenset[Enti
 def _blocks(path: Path) -> Iterator[tuple[list[str], list[tuple[str, str]]]]:
     characters: list[str] = []
     tags: list[tuple[str, str]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in read_lines(path):
         fields = line.split()
         if not fields:
             if characters:
@@ -114,8 +119,8 @@ def _blocks(path: Path) -> Iterator[tuple[list[str], list[tuple[str, str]]]]:
             continue
         found = _TAG.match(fields[-1])
         if not found or (found.group(1) != "O" and not found.group(2)):
-            raise ValueError(
-                f"{path}:{number}: expected 'character tag' with a tag O, B_type or I_type, found {line!r}"
+            raise DataError(
+                f"{path}, line {number}: expected 'character tag' with a tag O, B_type or I_type, found {line!r}"
             )
         characters.append(fields[0] if len(fields) > 1 else " ")
         tags.append((found.group(1), found.group(2) or ""))

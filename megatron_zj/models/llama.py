@@ -179,12 +179,15 @@ def build_stages(
 ) -> list[LlamaStage]:
     """This rank's pipeline chunks (``vpp`` of them), cast to ``engine.precision`` and initialised (``init_stage``).
 
-    Collective over the pipeline when embeddings are tied.  Raises ValueError for a layout the model does not fit and
-    RuntimeError or NotImplementedError when ``model.kernels`` asks for what is not there.
+    Collective over the pipeline when embeddings are tied.  Raises ValueError for a layout the model does not fit, and
+    when ``model.kernels`` asks for what is not there.
     """
     if model.kernels == "triton":
-        with dispatch.use("triton"):
-            dispatch.backend_of(torch.empty(0, device=device))
+        try:
+            with dispatch.use("triton"):
+                dispatch.backend_of(torch.empty(0, device=device))
+        except NotImplementedError as error:
+            raise ValueError(f"model.kernels=triton: {error}; or set model.kernels=auto") from error
     config = transformer_config(model, groups.parallel, engine)
     _ensure_tracker(groups, seed)
     virtual = range(groups.vpp_size) if groups.vpp_size > 1 else (None,)

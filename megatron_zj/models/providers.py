@@ -47,16 +47,16 @@ class KernelSpecProvider(LocalSpecProvider):  # type: ignore[misc]
 
 
 def require_transformer_engine() -> None:
-    """Raise RuntimeError, saying what to install or change, where Transformer Engine is missing."""
+    """Raise ValueError, saying what to install or change, where Transformer Engine is missing."""
     if find_spec("transformer_engine") is None:
-        raise RuntimeError(
+        raise ValueError(
             "model.kernels=te needs Transformer Engine, which is not installed; "
             "install it (pip install 'transformer-engine[pytorch]', on a machine with CUDA) or set model.kernels=auto"
         )
     from megatron.core.extensions.transformer_engine import HAVE_TE  # optional accelerator
 
     if not HAVE_TE:
-        raise RuntimeError(
+        raise ValueError(
             f"model.kernels=te: transformer_engine {_version('transformer-engine')} is installed but megatron-core "
             f"{_version('megatron-core')} cannot use it; install a version it supports or set model.kernels=auto"
         )

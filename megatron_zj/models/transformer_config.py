@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from kernels import dispatch
+from megatron_zj.config.derived import misfits
 from megatron_zj.config.model import ModelConfig
 from megatron_zj.config.optim import EngineConfig
 from megatron_zj.config.parallel import ParallelConfig
@@ -36,24 +37,9 @@ class LlamaConfig(TransformerConfig):  # type: ignore[misc]
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     """Raise ValueError, naming what to change, when this layout cannot hold this model."""
-    tp, stages = parallel.tp, parallel.pp * parallel.vpp
-    if model.kv_heads % tp:
-        raise ValueError(
-            f"num_query_groups (key/value heads) {model.kv_heads} is not divisible by tp={tp}; "
-            f"set tp to a divisor of {model.kv_heads}"
-        )
-    for name, value in (
-        ("num_attention_heads", model.num_attention_heads),
-        ("ffn_hidden_size", model.ffn_hidden_size),
-        ("padded vocabulary (vocab_size rounded up to vocab_multiple)", model.padded_vocab_size),
-    ):
-        if value % tp:
-            raise ValueError(f"{name} {value} is not divisible by tp={tp}; change tp or the model's shape")
-    if model.num_layers % stages:
-        raise ValueError(
-            f"num_layers {model.num_layers} is not divisible by pp x vpp = {parallel.pp} x {parallel.vpp}; "
-            "change pp, vpp or num_layers"
-        )
+    problems = [message for _, message in misfits(model, parallel)]
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, engine: EngineConfig) -> LlamaConfig:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from megatron_zj.config.derived import ALL
 from megatron_zj.config.parallel import ParallelConfig, PlacementConfig
 from megatron_zj.engine.engine import Engine
 from megatron_zj.parallel.grid import RankGrid
 from megatron_zj.parallel.groups import ParallelGroups, create_groups
-
-ALL = "all"  # the placement that spans every rank under the run's ``parallel``
 
 
 class Placement:

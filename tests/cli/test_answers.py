@@ -13,11 +13,13 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaForCausalLM
 
+from megatron_zj.checkpoint.load import newest
 from megatron_zj.cli import chat, evaluate, generate
 from megatron_zj.cli.inference import LoadedModel, compose_inference
 from megatron_zj.cli.main import main
-from megatron_zj.config.inference import InferenceConfig
+from megatron_zj.config.inference import GenerationConfig
 from megatron_zj.data.chat import Message, render_prompt
+from megatron_zj.data.vocabulary import train_sentencepiece
 from megatron_zj.evaluation.attitudes import CAMI_SUBSCALES
 from megatron_zj.runtime.distributed import Process
 from tests.cli.commands import zj
@@ -146,17 +148,86 @@ def _lowered(source: Path, target: Path, suites: list[str]) -> Path:
     return target
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["suites=[mica]", "limit=3"], "limit: only exam, clinic, safety, dialogue, preference, ner use it"),
+        (["suites=[ner]", "data.on_bad_record=skip"], "data.on_bad_record: only exam, clinic, safety, dialogue, pref"),
+        (["suites=[exam]", "data.format=alpaca"], "data.format: only preference, dialogue use it; leave it out"),
+        (["suites=[clinic]", "margin=0.1"], "margin: only a comparison uses it; give against=OTHER_RUN_DIR"),
+        (["suites=[clinic]", "margin=-1"], "margin: must be >= 0, got -1.0"),
+        (["suites=[clinic]", "limit=-1"], "limit: must be >= 0, got -1"),
+        (["suites=[clinic]", "tokenizer.special_tokens=[x]"], "tokenizer.special_tokens: has no effect without"),
+    ],
+)
+def test_a_setting_that_no_suite_looks_at_is_refused(
+    tmp_path: Path, words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "x.csv"
+    file.touch()
+    assert main(["evaluate", "checkpoint.load=x", f"data.files=[{file}]", *words]) == 1
+    assert expected in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_a_tokenizer_takes_the_one_that_is_named_and_only_the_right_one(world: Path) -> None:
+    plain, bare = world / "plain_hf", world / "bare"
+    assert zj(["convert", "--from", world / "sft", "--to", plain]).code == 0
+    for path in plain.glob("*token*"):
+        path.unlink()
+    assert zj(["convert", "--from", plain, "--to", bare]).code == 0
+    found, own = newest(bare), newest(world / "sft")
+    assert found is not None
+    assert own is not None
+    outcome = zj(["generate", *_asks(world, "bare_answers", checkpoint__load=bare)])
+    assert outcome.code == 1
+    assert f"tokenizer.path: {found} holds no tokenizer; name the one its model was trained with" in outcome.error
+    named = {"checkpoint__load": bare, "tokenizer__path": own / "tokenizer"}
+    assert zj(["generate", *_asks(world, "bare_answers", **named)]).code == 0
+    assert zj(["generate", *_asks(world, "own_answers")]).code == 0
+    assert _read(world / "bare_answers/answers.jsonl") == _read(world / "own_answers/answers.jsonl")
+    lines = (world / "data/tokenizer.txt").read_text(encoding="utf-8").splitlines()
+    for size, complaint in ((1290, "was trained with another tokenizer"), (1310, "has 1310 ids, and the model of")):
+        train_sentencepiece(lines, vocab_size=size, special_tokens=("<human>", "<bot>")).save(world / f"of_{size}")
+        other = zj(["generate", *_asks(world, "other", tokenizer__path=world / f"of_{size}")])
+        assert other.code == 1
+        assert complaint in other.error
+
+
+def test_a_folder_stands_for_its_files_and_a_bad_record_is_left_out_and_told(world: Path) -> None:
+    folder = world / "questions"
+    folder.mkdir()
+    (folder / "notes.md").write_text("not read")
+    for name, text in (("b.jsonl", "二"), ("a.jsonl", "一")):
+        lines = [json.dumps({"prompt": f"{text}{n}。"}, ensure_ascii=False) for n in range(2)]
+        (folder / name).write_text("\n".join([*lines, '{"prompt": "\\ud83d"}']) + "\n", encoding="utf-8")
+    files = f"[{folder}]"
+    outcome = zj(["generate", *_asks(world, "stopped", data__files=files)])
+    assert f"{folder}/a.jsonl, record at line 3, field 'prompt': half of a character" in outcome.error
+    outcome = zj(["generate", *_asks(world, "of_folder", data__files=files, data__on_bad_record="skip")])
+    assert outcome.code == 0, outcome.output
+    assert [answer["prompt"] for answer in _read(world / "of_folder/answers.jsonl")] == [
+        "一0。",
+        "一1。",
+        "二0。",
+        "二1。",
+    ]
+    assert f"left out 1 bad records of {folder}/a.jsonl, such as: {folder}/a.jsonl, record at line 3" in outcome.output
+
+
 def test_evaluate_says_which_model_a_suite_needs_and_what_is_wrong_with_a_file(world: Path) -> None:
     ranked = {"suites": "[preference]", "data__files": f"[{world / 'data/preference_validation.jsonl'}]"}
     outcome = zj(["evaluate", *_asks(world, "wrong", **ranked)])
     assert "is a language model and gives no scores; load a reward model" in outcome.error
     outcome = zj(["evaluate", *_asks(world, "wrong", suites="[exam]", data__files=f"[{world / 'data/sft.jsonl'}]")])
-    assert f"{world / 'data/sft.jsonl'}: no exam: columns Question and Answer are needed" in outcome.error
+    assert (
+        f"{world / 'data/sft.jsonl'}, record at line 1: no exam: columns Question and Answer are needed"
+        in outcome.error
+    )
 
 
 def _continuations(overrides: list[str]) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts and greedy answers, as ids."""
-    config = compose_inference(overrides, InferenceConfig)
+    config = compose_inference(overrides, GenerationConfig)
     rank, size = dist.get_rank(), dist.get_world_size()
     model = LoadedModel(config, Process(rank, rank, size, torch.device("cpu")))
     prompts = [render_prompt([Message("user", text)], model.template, model.tokenizer) for text in QUESTIONS]
@@ -166,7 +237,7 @@ def _continuations(overrides: list[str]) -> tuple[list[list[int]], list[list[int
 
 def _texts(overrides: list[str]) -> list[tuple[str, bool]]:
     """Answers and whether they ended by themselves."""
-    config = compose_inference(overrides, InferenceConfig)
+    config = compose_inference(overrides, GenerationConfig)
     rank, size = dist.get_rank(), dist.get_world_size()
     model = LoadedModel(config, Process(rank, rank, size, torch.device("cpu")))
     prompts = [render_prompt([Message("user", text)], model.template, model.tokenizer) for text in QUESTIONS]
@@ -228,8 +299,12 @@ def test_a_sweep_of_real_runs_with_one_that_fails_gives_three_results(world: Pat
 
 
 def test_a_key_of_training_is_refused_where_nothing_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
-    for command, key in (("generate", "run.num_steps=5"), ("chat", "run.tensorboard=true"), ("chat", "suites=[exam]")):
-        assert main([command, "checkpoint.load=x", "data.files=[x]", key]) == 1
+    refused = {
+        "generate": ["run.num_steps=5", "engine.recompute=full", "suites=[exam]"],
+        "chat": ["run.tensorboard=true", "run.dir=x", "data.files=[x]", "limit=3"],
+    }
+    for command, key in ((command, key) for command, keys in refused.items() for key in keys):
+        assert main([command, "checkpoint.load=x", key]) == 1
         assert f"{key.partition('=')[0]}: unknown key" in capsys.readouterr().err
 
 

@@ -121,8 +121,30 @@ def test_a_sweep_never_overwrites_another_configuration(
     assert main(argv, stand_in) == 0
     frozen = tmp_path / "sweep" / "000_run.seed=1" / "config.yaml"
     frozen.write_text(frozen.read_text().replace("num_steps: 4", "num_steps: 5"))
-    with pytest.raises(ConfigError, match="is another configuration; remove that folder or give another --dir"):
+    with pytest.raises(ConfigError, match="is another configuration; give another --dir"):
         main(argv, stand_in)
+
+
+def test_a_lone_run_goes_on_with_other_settings_whatever_its_folder_is_called(
+    tmp_path: Path, stand_in: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_torchrun(monkeypatch)
+    folder = tmp_path / "20261121"  # three digits and more, as a sweep's jobs have
+    for steps in (3, 5):
+        assert main([*DEBUG, f"run.dir={folder}", f"run.num_steps={steps}"], stand_in) == 0
+    assert load_frozen(folder / "config.yaml").run.num_steps == 5
+    assert f"{folder}: 1 ranks" in capsys.readouterr().out  # the whole folder, not its name alone
+
+
+@pytest.mark.parametrize("option", ["--nodes", "--nproc", "--parallel-jobs"])
+@pytest.mark.parametrize("value", ["0", "-1", "two"])
+def test_a_number_of_ranks_nodes_or_jobs_is_one_or_more(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--slurm", *DEBUG, f"{option}={value}"])
+    assert ended.value.code == 2
+    assert f"must be a whole number >= 1, got '{value}'" in capsys.readouterr().err
 
 
 def test_sweeps_follow_hydras_grammar() -> None:
@@ -218,7 +240,7 @@ def test_the_environment_is_that_of_the_launch_scripts(tmp_path: Path) -> None:
     assert {
         name: variables[name] for name in variables if name.isupper() and name not in ("PWD", "SHLVL")
     } == ENVIRONMENT
-    job = Job.of(0, (), compose_run(["experiment=debug/pretrain"]), 1, tmp_path)
+    job = Job.of(0, (), compose_run(["experiment=debug/pretrain"]), 1, tmp_path, swept=False)
     assert torchrun_command(job, TRAIN, 0)[1:4] == [f"{name}={value}" for name, value in ENVIRONMENT.items()]
 
 

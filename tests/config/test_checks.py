@@ -12,6 +12,7 @@ from megatron_zj.config.checks import check, missing_inputs, require
 from megatron_zj.config.derived import optimizer_steps, placements
 from megatron_zj.config.loader import ConfigError, load
 from megatron_zj.config.run import RunConfig
+from megatron_zj.engine.schedule import LearningRate
 
 
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -24,6 +25,8 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def config(**changes: Any) -> RunConfig:
     start = {"algorithm": {"kind": "pretrain"}, "data": {"kind": "corpus", "sequence_length": 128}}
+    if changes.get("data", {}).get("kind", "corpus") != "corpus":
+        del start["data"]["sequence_length"]
     return load(RunConfig, merged(start, changes))
 
 
@@ -40,6 +43,14 @@ def ppo(**changes: Any) -> RunConfig:
 def errors(run: RunConfig, world_size: int | None = None, **options: Any) -> list[str]:
     options = {"files": False, **options}
     return [str(finding) for finding in check(run, world_size, **options) if finding.level == "error"]
+
+
+def refused(**changes: Any) -> list[str]:
+    """What the dataclasses, or else the checks, say of an impossible run."""
+    try:
+        return errors(config(**changes))
+    except ConfigError as error:
+        return list(error.problems)
 
 
 def notes(run: RunConfig) -> list[str]:
@@ -59,11 +70,12 @@ def test_a_sound_run_has_no_findings() -> None:
         ({"world_size": 8, "parallel": {"tp": 8}}, "parallel.tp: model.num_attention_heads = 4 is not divisible by"),
         (
             {"world_size": 4, "parallel": {"tp": 4}, "model": {"num_query_groups": 2}},
-            "parallel.tp: model.num_query_groups = 2 is not divisible by tp = 4; use a tp of 1 or 2",
+            "parallel.tp: model.num_query_groups = 2 is not divisible by tp = 4; use a tp of 1, 2",
         ),
         (
-            {"world_size": 2, "parallel": {"tp": 2}, "model": {"vocab_multiple": 1}},
-            "parallel.tp: model.vocab_multiple = 1 is not divisible by tp = 2; use a tp of 1, or model.vocab_multiple",
+            {"world_size": 2, "parallel": {"tp": 2}, "model": {"vocab_size": 4095, "vocab_multiple": 1}},
+            "parallel.tp: model.padded_vocab_size = 4095 is not divisible by tp = 2; use a tp of 1, or make "
+            "model.vocab_multiple a multiple of 2",
         ),
         (
             {"world_size": 2, "parallel": {"tp": 2}, "model": {"ffn_hidden_size": 351}},
@@ -77,7 +89,7 @@ def test_a_sound_run_has_no_findings() -> None:
             {"data": {"sequence_length": 513}, "engine": {"micro_batch_tokens": 4096}},
             "data.sequence_length: data.sequence_length = 513 exceeds model.max_position_embeddings = 512",
         ),
-        ({"data": {"sequence_length": 1}}, "data.sequence_length: a sequence of 1 tokens has nothing to predict"),
+        ({"data": {"sequence_length": 1}}, "data.sequence_length: must be >= 2, got 1"),
         (
             {"engine": {"micro_batch_tokens": 100}},
             "engine.micro_batch_tokens: 100 is less than the longest row (data.sequence_length = 128); raise it to 128",
@@ -90,19 +102,41 @@ def test_a_sound_run_has_no_findings() -> None:
         ({"run": {"num_steps": 0}}, "run.num_steps: must be >= 1"),
         ({"algorithm": {"kind": "sft"}}, "data: algorithm=sft learns from data=chat, got data=corpus"),
         ({"data": {"files": ["a"], "weights": [1, 2]}}, "data.weights: 2 weights for 1 data.files"),
-        ({"data": {"files": ["a"], "weights": [0]}}, "data.weights: must be >= 0 and sum to more than 0"),
-        ({"data": {"validation_fraction": 1.0}}, "data.validation_fraction: must be at least 0 and less than 1"),
+        ({"data": {"files": ["a"], "weights": [0]}}, "data.weights: all are 0; give a file you want a positive weight"),
+        ({"data": {"validation_fraction": 1.0}}, "data.validation_fraction: must be in [0, 1), got 1.0"),
         ({"model": {"dropout": 1.0}}, "model.dropout: must be in [0, 1)"),
         (
-            {"engine": {"recompute": "full", "recompute_num_layers": 5}},
-            "engine.recompute_num_layers: 5 is not in 1..4",
+            {"engine": {"recompute": "full", "recompute_num_layers": 3}},
+            "engine.recompute_num_layers: 3 does not divide the 4 layers of a pipeline chunk",
         ),
         ({"algorithm": {"model": {"placement": "al"}}}, "algorithm.model.placement: no placement 'al'; did you mean"),
         ({"placements": {"all": {}}}, "placements.all: the name is taken"),
+        (
+            {"optim": {"schedule": "linear", "warmup_steps": 100}},
+            "optim.warmup_steps: 100 of the run's 100 optimizer steps: no step is left for the linear decay",
+        ),
+        ({"model": {"num_query_groups": 0}}, "model.num_query_groups: must be >= 1, got 0"),
+        ({"model": {"vocab_multiple": 0}}, "model.vocab_multiple: must be >= 1, got 0"),
+        ({"model": {"head_dim": 33}}, "model: a head of 33 cannot be rotated in pairs"),
+        ({"checkpoint": {"every": -5}}, "checkpoint.every: must be >= 0, got -5"),
+        ({"run": {"timeout_seconds": 0}}, "run.timeout_seconds: must be >= 1, got 0"),
+        ({"optim": {"beta1": 1.5}}, "optim.beta1: must be in [0, 1), got 1.5"),
+        (
+            {"algorithm": {"kind": "sft"}, "data": {"kind": "chat", "template": "zia"}},
+            "data.template: the string 'zia' is not one of ziya, chimed_gpt; did you mean 'ziya'?",
+        ),
+        (
+            {"algorithm": {"kind": "sft"}, "data": {"kind": "chat", "format": "alpca"}},
+            "data.format: the string 'alpca' is not one of auto, ",
+        ),
+        (
+            {"algorithm": {"kind": "reward"}, "data": {"kind": "preference", "overlong": "split"}},
+            "data.overlong: split is for dialogues (data.kind=chat); set error, truncate or skip",
+        ),
     ],
 )
 def test_an_impossible_run_is_refused_with_the_key_to_change(changes: dict[str, Any], expected: str) -> None:
-    found = errors(config(**changes))
+    found = refused(**changes)
     assert len(found) == 1, found
     assert found[0].startswith(expected)
 
@@ -193,7 +227,7 @@ def test_optimizer_steps_of_ppo_count_epochs_and_minibatches() -> None:
 def test_advice_is_a_note_and_does_not_stop_the_run() -> None:
     run = config(
         world_size=3,
-        optim={"warmup_steps": 200},
+        optim={"warmup_steps": 200, "schedule": "constant"},
         model={"dropout": 0.1},
         placements={"idle": {}},
         algorithm={"global_batch_size": 8},
@@ -212,7 +246,7 @@ def test_transformer_engine_is_asked_for_only_where_it_is_installed(monkeypatch:
     run = config(model={"kernels": "te"})
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     (found,) = errors(run)
-    assert found.startswith("model.kernels: te needs Transformer Engine, which is not installed here")
+    assert found.startswith("model.kernels: needs transformer_engine, which is not installed here")
     assert errors(run, here=False) == []  # a configuration for another machine
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert errors(run) == []
@@ -241,3 +275,15 @@ def test_inputs_nobody_named_stop_a_run_but_not_a_check() -> None:
     with pytest.raises(ConfigError) as caught:
         require(run)
     assert len(caught.value.problems) == 4
+
+
+@pytest.mark.parametrize(("schedule", "level"), [("constant", "note"), ("cosine", "error"), ("linear", "error")])
+def test_a_warm_up_without_end_is_refused_exactly_where_the_engine_refuses_it(schedule: str, level: str) -> None:
+    run = config(run={"num_steps": 5}, optim={"schedule": schedule, "warmup_steps": 5})
+    (found,) = check(run, files=False)
+    assert (found.key, found.level) == ("optim.warmup_steps", level)
+    if level == "error":
+        with pytest.raises(ValueError, match="leaves no step"):
+            LearningRate.from_config(run.optim, optimizer_steps(run))
+    else:
+        LearningRate.from_config(run.optim, optimizer_steps(run))

@@ -143,13 +143,15 @@ def test_every_field_of_the_schema_is_keyword_only_and_frozen() -> None:
 
 
 NUMBERS = st.floats(min_value=0, allow_nan=False, allow_infinity=False)
+POSITIVE = st.floats(min_value=1e-300, allow_nan=False, allow_infinity=False, max_value=1e300)
+COUNTS = st.integers(1, 10**9)
 TEXT = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=8)
 PATHS = st.builds(Path, TEXT.map(lambda text: f"文/{text}"))
 OPTIMS = st.builds(
     OptimConfig,
     lr=st.floats(0.1, 10),
     min_lr=st.floats(0, 0.1),
-    eps=NUMBERS,
+    eps=POSITIVE,
     schedule=st.sampled_from(["constant", "linear", "cosine"]),
     decay_steps=st.none() | st.integers(1, 10**9),
 )
@@ -157,7 +159,7 @@ ENGINES = st.builds(
     EngineConfig,
     precision=st.sampled_from(["fp32", "bf16", "fp16"]),
     recompute_modules=st.lists(st.sampled_from(["core_attn", "mlp", "layernorm"])).map(tuple),
-    loss_scale=st.builds(LossScaleConfig, initial=NUMBERS, window=st.integers()),
+    loss_scale=st.builds(LossScaleConfig, initial=POSITIVE, window=COUNTS),
 )
 ROLES = st.builds(RoleConfig, load=st.none() | PATHS, engine=st.none() | ENGINES, optim=st.none() | OPTIMS)
 ALGORITHMS = st.one_of(
@@ -168,23 +170,23 @@ ALGORITHMS = st.one_of(
 )
 FILES = st.lists(TEXT, max_size=3).map(tuple)
 DATA = st.one_of(
-    st.builds(CorpusConfig, files=FILES, weights=st.none() | st.lists(NUMBERS, max_size=3).map(tuple)),
+    st.builds(CorpusConfig, files=FILES, weights=st.none() | st.lists(POSITIVE, max_size=3).map(tuple)),
     st.builds(ChatConfig, files=FILES, overlong=st.sampled_from(["error", "truncate", "split", "skip"])),
     st.builds(PreferenceConfig, validation_files=FILES),
-    st.builds(PromptsConfig, template=TEXT),
+    st.builds(PromptsConfig, template=st.sampled_from(["ziya", "chimed_gpt"])),
 )
-SCALINGS = st.builds(RopeScalingConfig, kind=st.sampled_from(["linear", "llama3"]), factor=NUMBERS)
+SCALINGS = st.builds(RopeScalingConfig, kind=st.sampled_from(["linear", "llama3"]), factor=POSITIVE)
 RUNS = st.builds(
     RunConfig,
     algorithm=ALGORITHMS,
     data=DATA,
     run=st.builds(RunSettings, dir=PATHS, seed=st.integers(), wandb_project=st.none() | TEXT),
-    model=st.builds(ModelConfig, rope_scaling=st.none() | SCALINGS, norm_eps=NUMBERS),
+    model=st.builds(ModelConfig, rope_scaling=st.none() | SCALINGS, norm_eps=POSITIVE),
     tokenizer=st.builds(TokenizerConfig, path=st.none() | PATHS, special_tokens=FILES),
-    placements=st.dictionaries(TEXT, st.builds(PlacementConfig, num_ranks=st.none() | st.integers()), max_size=2),
+    placements=st.dictionaries(TEXT, st.builds(PlacementConfig, num_ranks=st.none() | COUNTS), max_size=2),
     engine=ENGINES,
     optim=OPTIMS,
-    world_size=st.none() | st.integers(),
+    world_size=st.none() | COUNTS,
 )
 
 

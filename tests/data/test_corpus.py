@@ -191,8 +191,6 @@ def test_settings_that_cannot_work_are_named(tmp_path: Path, tokenizer: Sentence
     for fields, message in (
         ({"weights": (1.0, 1.0)}, "2 weights, 1 files"),
         ({"weights": (0.0,)}, "not all 0"),
-        ({"sequence_length": 1}, "sequence_length >= 2"),
-        ({"validation_fraction": 1.5}, "validation_fraction < 1"),
     ):
         with pytest.raises(DataError, match=message):
             stream(tokenizer, file, **fields)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 import megatron_zj.data.formats  # noqa: F401
-from megatron_zj.data.chat import Message, check_order
+from megatron_zj.config.data import FormatName, Template
+from megatron_zj.data.chat import TEMPLATES, Message, check_order
 from megatron_zj.data.errors import BadRecord, DataError
 from megatron_zj.data.formats.reading import Item
 from megatron_zj.data.formats.registry import FORMATS, choose_format, convert_any, convert_item, raw_items
@@ -137,6 +140,11 @@ CASES: list[tuple[str, Any, Any]] = [
         {"query": "问", "history": [], "response_0": "甲", "response_1": "乙", "response_2": "丙", "ranks": [2, 3, 1]},
         PreferenceRecord(turns("问"), answers("甲", "乙", "丙"), (2.0, 3.0, 1.0)),
     ),
+    (  # from a table, where lists are printed
+        "zhongjing_labels",
+        {"query": "问", "history": "[]", "response_0": "甲", "response_1": "乙", "ranks": "[2, 1]"},
+        PreferenceRecord(turns("问"), answers("甲", "乙"), (2.0, 1.0)),
+    ),
     (
         "best_first",
         {"instruction": "问", "output": ["好", "坏"]},
@@ -157,6 +165,33 @@ CASES: list[tuple[str, Any, Any]] = [
 ]
 
 
+def texts_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """Every text of a record, with its place."""
+    if isinstance(value, str):
+        yield path, value
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ()):
+        yield from texts_in(inner, (*path, key))
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, value, _ in CASES])
+def test_half_of_a_character_in_any_text_that_is_used_makes_a_bad_record(name: str, value: Any) -> None:
+    plain = convert_any(Item(1, value), FORMATS[name])
+    used = 0
+    for path, text in texts_in(value):
+        halved = copy.deepcopy([value])
+        spot: Any = halved
+        for key in (0, *path[:-1]) if path else ():
+            spot = spot[key]
+        spot[path[-1] if path else 0] = f"{text}\ud800"
+        try:
+            found: Any = convert_any(Item(1, halved[0]), FORMATS[name])
+        except BadRecord:
+            used += 1
+        else:
+            assert found == plain, path  # a text that the record does not use
+    assert used
+
+
 @pytest.mark.parametrize(("name", "value", "expected"), CASES)
 def test_record_is_detected_and_converted(tmp_path: Path, name: str, value: Any, expected: Any) -> None:
     path = tmp_path / "one.json"
@@ -164,6 +199,11 @@ def test_record_is_detected_and_converted(tmp_path: Path, name: str, value: Any,
     form = choose_format(path, "auto")
     assert form.name == name
     assert [convert_any(item, form) for item in raw_items(path, form)] == [expected]
+
+
+def test_a_configuration_knows_every_format_and_template_by_name() -> None:
+    assert get_args(FormatName) == ("auto", *FORMATS)
+    assert get_args(Template) == tuple(TEMPLATES)
 
 
 def test_every_structured_format_has_a_case() -> None:
@@ -227,6 +267,10 @@ def test_ranks_are_dense_and_ties_stay_ties() -> None:
     assert record.dense_ranks() == (1, 0, 1, 2)
 
 
+CANDIDATE = {"conversation": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]}
+LABELS = {"query": "问", "history": [], "response_0": "甲", "response_1": "乙", "ranks": [1, 2]}
+
+
 @pytest.mark.parametrize(
     ("name", "value", "field", "reason"),
     [
@@ -243,6 +287,12 @@ def test_ranks_are_dense_and_ties_stay_ties() -> None:
         ("ranked", {"prompt": "问", "responses": ["甲", "乙"], "ranks": [1, 1]}, "ranks", "same rank"),
         ("ranked", {"prompt": "问", "responses": ["甲", "乙"], "ranks": ["a", "b"]}, "ranks", "numbers"),
         ("ranked", {"prompt": "问", "responses": ["甲", "甲"], "ranks": [0, 1]}, "responses", "two equal"),
+        ("ranked", {"prompt": "问", "responses": ["甲", "乙"], "ranks": [0, float("nan")]}, "ranks", "finite"),
+        ("disc_ranked", {"prompt": "问", "candidates": [CANDIDATE | {"total": "high"}] * 2}, None, "'high'"),
+        ("disc_ranked", {"prompt": "问", "candidates": [CANDIDATE | {"total": 10**400}] * 2}, None, "too large"),
+        ("zhongjing_labels", LABELS | {"ranks": "第一"}, "ranks", "neither JSON"),
+        ("zhongjing_labels", LABELS | {"ranks": "[1, 'b']"}, None, "'b'"),
+        ("zhongjing_labels", LABELS | {"history": "[" * 100000}, "history", "neither JSON"),
         ("zhongjing_ranking", {"query": "问", "history": "os.system()", "rank1": "甲"}, "history", "neither JSON"),
         ("text_records", {"text": None}, "text", "found NoneType"),
         ("toyhom", {"title": "x", "ask": "y"}, None, "no 'answer'"),
@@ -272,7 +322,7 @@ def test_unknown_format_and_unknown_shape_list_the_formats(tmp_path: Path) -> No
     path.write_text('{"foo": 1, "bar": 2}\n')
     with pytest.raises(DataError, match=r"keys foo, bar(.|\n)*sharegpt(.|\n)*alpaca"):
         choose_format(path, "auto")
-    with pytest.raises(DataError, match=r"unknown data\.format 'alpca'(.|\n)*alpaca"):
+    with pytest.raises(DataError, match=r"data\.format: no format 'alpca'; did you mean 'alpaca'"):
         choose_format(path, "alpca")
     with pytest.raises(DataError, match=r"'remedi' does not read \.jsonl files"):
         choose_format(path, "remedi")

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_zj.data.chat import TEMPLATES, Message, render, render_prompt
-from megatron_zj.data.errors import BadRecord, DataError
+from megatron_zj.data.errors import BadRecord
 from megatron_zj.data.records import DialogueRecord, PreferenceRecord, PromptRecord, TextRecord
 from megatron_zj.data.rows import Counts, Encoder, TooLong, Unit
 from megatron_zj.data.tokenizer import SentencePieceTokenizer
@@ -142,5 +142,3 @@ def test_dialogue_without_an_answer_at_its_end_is_a_bad_record(tokenizer: Senten
 def test_prompt_whose_frame_alone_is_too_long_is_a_bad_record(tokenizer: SentencePieceTokenizer) -> None:
     with pytest.raises(BadRecord, match="frame alone"):
         encode(tokenizer, PromptRecord((Message("user", "头痛" * 9),)), 5, "truncate")
-    with pytest.raises(DataError, match=r"data\.max_length must be at least 2"):
-        Encoder(tokenizer, ZIYA, 1, "error")

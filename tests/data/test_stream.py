@@ -223,10 +223,7 @@ def test_settings_that_cannot_work_are_named(folder: Path, tokenizer: SentencePi
     name = str(folder / "chat.jsonl")
     for config, message in (
         (ChatConfig(), r"data\.files is empty"),
-        (ChatConfig(files=(name,), template="zya"), "ziya, chimed_gpt"),
-        (ChatConfig(files=(name,), validation_fraction=1.0), "validation_fraction"),
         (PreferenceConfig(files=(name,)), "gives chat records, and no preference record"),
-        (PromptsConfig(files=(name,), overlong="split"), "no meaning for data.kind=prompts"),
         (
             ChatConfig(files=(name,), max_length=8, overlong="error"),
             r"record at line 1: \d+ tokens, and data.max_length",

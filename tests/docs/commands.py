@@ -25,7 +25,7 @@ from megatron_zj.cli.inference import compose_inference
 from megatron_zj.cli.jobs import expand
 from megatron_zj.cli.main import COMMANDS
 from megatron_zj.config.checks import check
-from megatron_zj.config.inference import EvaluationConfig, InferenceConfig
+from megatron_zj.config.inference import EvaluationConfig, GenerationConfig, InferenceConfig
 from megatron_zj.config.loader import ConfigError, load
 from megatron_zj.data.prepare import PrepareConfig
 
@@ -140,7 +140,9 @@ def _command(name: str, rest: list[str], *, is_open: bool = False) -> None:
             load(_TOKENIZER[rest[0]], prepare.settings(rest[1:], {}))
     elif name in ("evaluate", "generate", "chat"):
         if rest:
-            compose_inference(rest, EvaluationConfig if name == "evaluate" else InferenceConfig)
+            compose_inference(
+                rest, {"evaluate": EvaluationConfig, "generate": GenerationConfig}.get(name, InferenceConfig)
+            )
     elif rest:
         options = _parsed(lambda: importlib.import_module(f"megatron_zj.cli.{name}").main(rest))
         overrides = tuple(getattr(options, "overrides", ()))

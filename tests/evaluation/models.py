@@ -17,7 +17,7 @@ class CharacterTokenizer(Tokenizer):
     def __init__(self) -> None:
         self.specials, self.bos_id, self.eos_id, self.pad_id, self.vocab_size = SPECIALS, 1, 2, 0, 0x110000
 
-    def encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         return [ord(character) + 10 for character in text]
 
     def piece(self, token_id: int) -> str:

@@ -34,7 +34,7 @@ def test_conll_tags_of_both_spellings_become_entities(tmp_path: Path) -> None:
 def test_a_line_without_a_known_tag_is_refused_with_its_number(tmp_path: Path) -> None:
     path = tmp_path / "x.txt"
     path.write_text("胸 B_症状\n闷 症状\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"x\.txt:2"):
+    with pytest.raises(ValueError, match=r"x\.txt, line 2"):
         read_conll(path)
 
 
@@ -125,7 +125,7 @@ def test_safety_records_that_say_instruct_are_read(tmp_path: Path) -> None:
     assert is_refusal(probes[0], "抱歉，这是违法的。")
     assert not is_refusal(Probe(probes[0].messages), "先准备原料。")
     path.write_text('[{"output": "x"}]', encoding="utf-8")
-    with pytest.raises(ValueError, match="record 1"):
+    with pytest.raises(ValueError, match=r"test\.json, record at line 1: .* none of messages, instruct, instruction"):
         read_probes(path)
 
 

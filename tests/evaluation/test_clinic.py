@@ -258,5 +258,5 @@ def test_cases_are_read_back_and_a_perfect_model_scores_one(folder: Path, clinic
 def test_a_foreign_case_file_is_refused_with_its_line(tmp_path: Path, clinic: Clinic) -> None:
     path = tmp_path / "cases.jsonl"
     path.write_text('{"kind": "ask", "condition": "没有的病"}\n', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"cases\.jsonl:1"):
+    with pytest.raises(ValueError, match=r"cases\.jsonl, record at line 1: not a case of this clinic"):
         read_cases(path, clinic)

@@ -62,8 +62,8 @@ def test_cmexams_listed_options_and_several_answers_are_read(tmp_path: Path) -> 
     ("rows", "message"),
     [
         ([["Stem", "A"], ["x", "y"]], "columns Question and Answer"),
-        ([["Question", "A", "B", "Answer"], ["x", "y", "z", "D"]], r"x\.csv:2: answer 'D'"),
-        ([["Question", "A", "B", "Answer"]], "no questions"),
+        ([["Question", "A", "B", "Answer"], ["x", "y", "z", "D"]], r"x\.csv, record at line 2: answer 'D'"),
+        ([["Question", "A", "B", "Answer"]], r"x\.csv: no usable record"),
     ],
 )
 def test_a_file_that_is_no_exam_is_refused_with_its_line(tmp_path: Path, rows: list[list[str]], message: str) -> None:

@@ -71,13 +71,13 @@ class Norm(RmsNorm):
 
 
 def test_te_without_transformer_engine_says_what_to_do(groups: ParallelGroups) -> None:
-    with pytest.raises(RuntimeError, match=r"(?s)needs Transformer Engine.*not installed.*model.kernels=auto"):
+    with pytest.raises(ValueError, match=r"(?s)needs Transformer Engine.*not installed.*model.kernels=auto"):
         build_stages(WITH_TE, "lm", groups, EngineConfig(), "cpu", 0)
 
 
 def test_te_that_megatron_core_cannot_use_says_so(groups: ParallelGroups, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(providers, "find_spec", lambda name: object())
-    with pytest.raises(RuntimeError, match=r"megatron-core .* cannot use it"):
+    with pytest.raises(ValueError, match=r"megatron-core .* cannot use it"):
         build_stages(WITH_TE, "lm", groups, EngineConfig(), "cpu", 0)
 
 

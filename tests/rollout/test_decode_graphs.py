@@ -6,7 +6,9 @@ recorded on and knows nothing of Python, so a step that took a length or a tenso
 
 from __future__ import annotations
 
+import gc
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -19,6 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_zj.config.algorithm import SamplingConfig
+from megatron_zj.config.derived import ALL
 from megatron_zj.config.model import ModelConfig
 from megatron_zj.config.optim import EngineConfig
 from megatron_zj.config.parallel import ParallelConfig
@@ -27,7 +30,7 @@ from megatron_zj.engine.build import build_engine
 from megatron_zj.engine.decode import Decoder
 from megatron_zj.engine.decode_graphs import bucket_of, why_eager
 from megatron_zj.engine.engine import Engine
-from megatron_zj.roles.placement import ALL, build_placements
+from megatron_zj.roles.placement import build_placements
 from megatron_zj.rollout.generate import generate
 from tests.helpers.ranks import run_ranks
 
@@ -127,6 +130,26 @@ def test_replayed_steps_give_the_logits_of_steps_one_by_one() -> None:
         assert torch.tensor(mine).argmax(-1).tolist() == torch.tensor(wanted).argmax(-1).tolist()
     # rows: 5 5, 4 3 4 3 3 3, 2 2 2 2: three buckets, whose first steps run as they are and whose others are replays
     assert replays == [1, 5, 3]
+
+
+def _left_behind() -> list[str]:
+    """What outlives a decoder that ran through graphs, without the garbage collector."""
+    engine, gone = _engine("cpu"), dict[str, Any]()
+    gc.disable()
+    decoder, tape = Decoder(engine, max_rows=5, max_tokens=32), Tape()
+    decoder.pad_steps(lambda: tape)
+    with decoder.session():
+        decoder.prefill([0], [torch.tensor(PROMPTS[0])])
+        for token in (1, 2, 3):  # as it is, captured, replayed
+            decoder.decode(torch.tensor([token]))
+    assert tape.replays == 2
+    gone = {"decoder": weakref.ref(decoder), "cache": weakref.ref(decoder._keys), "graph": weakref.ref(tape)}
+    del decoder, tape
+    return [name for name, reference in gone.items() if reference() is not None]
+
+
+def test_cache_and_graphs_go_with_the_decoder_at_once() -> None:
+    assert run_ranks(1, _left_behind) == [[]]
 
 
 def test_buckets_are_powers_of_two_up_to_all_slots() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_zj.config.algorithm import SamplingConfig
+from megatron_zj.config.derived import ALL
 from megatron_zj.config.model import ModelConfig
 from megatron_zj.config.optim import EngineConfig
 from megatron_zj.config.parallel import ParallelConfig
@@ -17,7 +19,7 @@ from megatron_zj.engine.build import build_engine
 from megatron_zj.engine.decode import Decoder
 from megatron_zj.models.canonical import read_stage
 from megatron_zj.roles.exchange import Exchange
-from megatron_zj.roles.placement import ALL, build_placements
+from megatron_zj.roles.placement import build_placements
 from megatron_zj.roles.role import Role
 from megatron_zj.roles.world import World, WorldBatch, gather_in_order
 from megatron_zj.rollout.generate import Rollout, generate
@@ -36,6 +38,7 @@ MODEL = ModelConfig(
     init_std=0.15,  # large enough that the next token is not nearly uniform
     vocab_multiple=16,
 )
+PEAKED = dataclasses.replace(MODEL, vocab_size=900, init_std=0.3)  # logits of some size, where rounding shows
 PROMPTS = [[5, 9, 2], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [30, 31], [60, 61, 62, 63, 64]]
 STOP, SEED = 3, 11
 SAMPLED = SamplingConfig(max_new_tokens=14, temperature=0.8, top_p=0.9, top_k=40, max_batch_rows=3)
@@ -207,6 +210,60 @@ def test_samples_of_a_prompt_differ_and_do_not_depend_on_who_is_decoded_beside_t
     batches = [max(lengths[at : at + 4]) - 1 for at in range(0, len(lengths), 4)]
     assert max(sizes) == 4
     assert len(sizes) < sum(batches)  # a row that ends makes room at once: fewer steps than batch after batch
+
+
+def _in_pieces(budget: int) -> tuple[list[list[int]], list[list[float]], int]:
+    """Tokens, log-probabilities, and the most tokens that went through the layers at once."""
+    engine = _role(MODEL, ParallelConfig()).engine
+    assert engine is not None
+    engine.config = dataclasses.replace(engine.config, micro_batch_tokens=budget)
+    sizes: list[int] = []
+    run = Decoder._run
+
+    def counting(self: Decoder, tokens_T: torch.Tensor, step: Any) -> torch.Tensor | None:
+        sizes.append(len(tokens_T))
+        return run(self, tokens_T, step)
+
+    Decoder._run = counting  # type: ignore[method-assign]
+    rows = Rows.of([prompt for prompt in PROMPTS for _ in range(2)], torch.int64)
+    prompts = Batch(rows, {}, {"sample_id": torch.arange(len(rows))})
+    found = generate(engine, prompts, dataclasses.replace(SAMPLED, max_batch_rows=9), stop_ids=frozenset(), seed=SEED)
+    logprobs = found.per_token["sampling_logprobs"].split()
+    return [row.tolist() for row in found.tokens.split()], [row.tolist() for row in logprobs], max(sizes)
+
+
+def test_prompts_go_through_the_model_in_micro_batches() -> None:
+    whole, exact, most = run_ranks(1, _in_pieces, 4096)[0]
+    assert most == 2 * sum(len(prompt) for prompt in PROMPTS) - len(PROMPTS[-1])  # nine slots
+    for budget, expected in ((16, 15), (4, 11)):  # a longer prompt goes alone
+        tokens, logprobs, most = run_ranks(1, _in_pieces, budget)[0]
+        assert tokens == whole
+        assert most == expected
+        for one, other in zip(logprobs, exact, strict=True):
+            assert one == pytest.approx(other, abs=2e-5)
+
+
+def _parity(precision: Any, temperature: float) -> tuple[float, float]:
+    """Mean and largest difference of sampling from training log-probabilities of the same tokens."""
+    placement = build_placements(ParallelConfig(), {}, {ALL}, 1, 60)[ALL]
+    assert placement.groups is not None
+    config, device = EngineConfig(precision=precision), torch.device("cpu")
+    engine = build_engine(PEAKED, "lm", placement.groups, config, None, 1, device, SEED)
+    rows = Rows.of([prompt for prompt in PROMPTS for _ in range(4)], torch.int64)
+    prompts = Batch(rows, {}, {"sample_id": torch.arange(len(rows))})
+    sampling = SamplingConfig(max_new_tokens=30, temperature=temperature)
+    found = generate(engine, prompts, sampling, stop_ids=frozenset(), seed=SEED)
+    answer = engine.infer(("logprobs",), found, temperature)
+    assert answer is not None
+    trained, mask = answer["logprobs"], found.per_token["response_mask"].values.bool()
+    assert isinstance(trained, Rows)
+    off = (trained.values - found.per_token["sampling_logprobs"].values).abs()[mask]
+    return float(off.mean()), float(off.max())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_sampling_and_training_agree(precision: str) -> None:
+    print(precision, run_ranks(1, _parity, precision, 0.7)[0])
 
 
 def _lengths(shortest: int, longest: int) -> list[int]:

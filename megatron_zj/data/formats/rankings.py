@@ -92,11 +92,13 @@ def _zhongjing_labels(value: dict[str, Any]) -> PreferenceRecord:
     columns = sorted((key for key in value if re.fullmatch(r"response_\d+", key)), key=lambda key: int(key[9:]))
     answers = tuple((Message("assistant", text_of(value[column], column)),) for column in columns)
     prompt = exchange(history_of(value.get("history")), text_of(value["query"], "query"))
-    return PreferenceRecord(prompt, answers, tuple(float(rank) for rank in value["ranks"]))
+    ranks = _literal(value["ranks"], "ranks") if isinstance(value["ranks"], str) else value["ranks"]
+    return PreferenceRecord(prompt, answers, tuple(float(rank) for rank in ranks))
 
 
 def _best_first(value: dict[str, Any]) -> PreferenceRecord:
-    question = "\n".join(t for t in (text_of(value["instruction"], "instruction"), value.get("input") or "") if t)
+    parts = (text_of(value["instruction"], "instruction"), text_of(value.get("input"), "input", empty=True))
+    question = "\n".join(part for part in parts if part)
     answers = _answers(value["output"], "output")
     ranks = tuple(float(index) for index in range(len(answers)))
     return PreferenceRecord(exchange(history_of(value.get("history")), question), answers, ranks)
@@ -105,7 +107,7 @@ def _best_first(value: dict[str, Any]) -> PreferenceRecord:
 def history_of(value: Any) -> list[tuple[str, str]]:
     """Earlier (question, answer) pairs: a list of pairs, or the text of one; nothing where empty."""
     if isinstance(value, str):
-        value = _literal(value)
+        value = _literal(value, "history")
     pairs = []
     for index, pair in enumerate(value or []):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
@@ -114,17 +116,17 @@ def history_of(value: Any) -> list[tuple[str, str]]:
     return pairs
 
 
-def _literal(text: str) -> Any:
+def _literal(text: str, field: str) -> Any:
     if not text.strip():
         return []
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         pass
     try:
         return ast.literal_eval(text)  # literals only, as Python prints a list
-    except (ValueError, SyntaxError) as error:
-        raise BadRecord(f"neither JSON nor a printed list: {error}", field="history") from error
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:  # the last: nested without end
+        raise BadRecord(f"neither JSON nor a printed list: {error}", field=field) from error
 
 
 def _is_best_first(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Files to raw items: containers (json, jsonl, csv, tsv, parquet, txt, each also .gz) and encodings."""
+"""Files to raw items: containers (json, jsonl, csv, tsv, txt, each also .gz; parquet) and encodings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NoReturn, cast
 
 import pyarrow
 import pyarrow.parquet
@@ -34,20 +34,32 @@ class Item:
 
 def container(path: Path) -> str:
     """The kind of file by its name, ``.gz`` taken off.  Raises DataError, listing the known ones."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] == ".gz":
-        suffixes.pop()
-    if not suffixes or suffixes[-1] not in CONTAINERS:
+    *_, before, last = ["", "", *(suffix.lower() for suffix in path.suffixes)]
+    kind = before if last == ".gz" else last
+    if kind not in CONTAINERS:
         raise DataError(
             f"{path}: unknown kind of file\n  -> rename or convert it to one of {', '.join(CONTAINERS)} (.gz)"
         )
-    return suffixes[-1]
+    if kind == ".parquet" and last == ".gz":
+        raise DataError(f"{path}: parquet is compressed inside and not read from .gz\n  -> gunzip it")
+    return kind
+
+
+def is_known(path: Path) -> bool:
+    """Whether ``path`` is a file, not a hidden one, of a kind that can be read."""
+    try:
+        container(path)
+    except DataError:
+        return False
+    return path.is_file() and not path.name.startswith(".")
 
 
 def read_items(path: Path) -> Iterator[Item]:
     """The raw records of a structured file (all but ``.txt``).  Raises DataError when the file cannot be read."""
     kind = container(path)
     check_file(path)
+    if kind == ".txt":
+        raise DataError(f"{path}: records are wanted, and a .txt file holds plain text\n  -> give json, jsonl or csv")
     if kind == ".parquet":
         yield from _parquet_items(path)
     elif kind in (".csv", ".tsv"):
@@ -68,7 +80,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 def check_file(path: Path) -> None:
     """Raises DataError when ``path`` is no file or is empty."""
     if not path.is_file():
-        raise DataError(f"{path} does not exist or is no file\n  -> check data.files")
+        raise DataError(f"{path} {'is no file' if path.exists() else 'does not exist'}\n  -> check data.files")
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty\n  -> remove it from data.files")
 
@@ -124,7 +136,7 @@ def _looks_like_lines(path: Path) -> bool:
             return False
         try:
             json.loads(first)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return False
         return any(line.strip() for line in file) or not _is_mapping_of_records(json.loads(first))
 
@@ -138,6 +150,8 @@ def _json_lines(path: Path) -> Iterator[Item]:
                 yield Item(number, json.loads(line))
             except json.JSONDecodeError as error:
                 yield Item(number, None, BadRecord(f"the line is not JSON ({error.msg} at column {error.colno})"))
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting without end
+                yield Item(number, None, BadRecord(f"the line is JSON beyond all measure ({error})"))
 
 
 def _json_document(path: Path) -> Iterator[Item]:
@@ -159,10 +173,8 @@ def _json_document(path: Path) -> Iterator[Item]:
             return
         try:
             value, end = decoder.raw_decode(text, begin)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {error.lineno}, column {error.colno}: {error.msg}\n  -> mend the JSON"
-            ) from error
+        except (ValueError, RecursionError) as error:
+            _refuse(path, line, error)
         yield Item(line, value)
         line += text.count("\n", begin, end)
         position = _skip_space(text, end)
@@ -181,10 +193,16 @@ def _skip_space(text: str, position: int) -> int:
 def _parse(path: Path, text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}, line {error.lineno}, column {error.colno}: {error.msg}\n  -> mend the JSON"
-        ) from error
+    except (ValueError, RecursionError) as error:
+        _refuse(path, 1, error)
+
+
+def _refuse(path: Path, line: int, error: Exception) -> NoReturn:
+    """A document that is no JSON; ``line``: where the value begins, when the error does not know better."""
+    where, reason = f"line {line}", str(error)
+    if isinstance(error, json.JSONDecodeError):
+        where, reason = f"line {error.lineno}, column {error.colno}", error.msg
+    raise DataError(f"{path}, {where}: {reason}\n  -> mend the JSON") from error
 
 
 def _is_mapping_of_records(value: Any) -> bool:
@@ -197,6 +215,9 @@ def _csv_items(path: Path, delimiter: str) -> Iterator[Item]:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         try:
             names = next(reader)
+            twice = sorted({name for name in names if name and names.count(name) > 1})
+            if twice:
+                raise DataError(f"{path}, line 1: two columns are called {twice[0]!r}\n  -> rename or remove one")
             before = reader.line_num
             for cells in reader:
                 line, before = before + 1, reader.line_num
@@ -219,5 +240,5 @@ def _parquet_items(path: Path) -> Iterator[Item]:
                 for value in batch.to_pylist():
                     number += 1
                     yield Item(number, value)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is no readable parquet file: {error}\n  -> fetch or write it again") from error

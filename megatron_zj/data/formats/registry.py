@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_zj.config.loader import suggestion
 from megatron_zj.data.errors import BadRecord, DataError
 from megatron_zj.data.formats.reading import Item, check_file, container, read_items, read_lines
 from megatron_zj.data.records import Kind, Record, derive
@@ -54,7 +55,7 @@ def choose_format(path: Path, name: str) -> Format:
     fitting = [known for known in FORMATS.values() if (known.items is not None) == is_text]
     if name != "auto":
         if name not in FORMATS:
-            raise DataError(f"unknown data.format {name!r}\n  -> one of: auto, {', '.join(FORMATS)}")
+            raise DataError(f"data.format: no format {name!r}{suggestion(name, ['auto', *FORMATS])}")
         if FORMATS[name] not in fitting:
             raise DataError(
                 f"{path}: format {name!r} does not read {container(path)} files\n"
@@ -101,7 +102,9 @@ def convert_any(item: Item, form: Format) -> Record:
         raise item.error
     try:
         return form.convert(item.value)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except BadRecord:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         missing = isinstance(error, KeyError)
         reason = f"the record has no {error}" if missing else f"the record is not shaped as {form.name}: {error}"
         raise BadRecord(reason, hint=f"a {form.name} record is {form.shape}; data.format chooses another") from error

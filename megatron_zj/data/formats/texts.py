@@ -17,7 +17,8 @@ _BOOK_BODY = "属性："
 
 def _classics(value: dict[str, Any]) -> TextRecord:
     """A section of a book under its heading."""
-    heading = " ".join(part for part in (text_of(value["title"], "title"), value.get("section") or "") if part)
+    parts = (text_of(value["title"], "title"), text_of(value.get("section"), "section", empty=True))
+    heading = " ".join(part for part in parts if part)
     return TextRecord(f"{heading}\n{text_of(value['text'], 'text')}")
 
 

@@ -12,8 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
-from megatron_zj.data.chat import Message
+from megatron_zj.config.data import OnBadRecord
+from megatron_zj.data.chat import Message, check_order
+from megatron_zj.data.errors import BadRecord
+from megatron_zj.data.formats.rankings import STANDARD_ROLES
+from megatron_zj.data.raw import read_table
+from megatron_zj.data.records import messages_of
 from megatron_zj.evaluation.clinic.cases import KINDS, Case, distinct_cases
 from megatron_zj.evaluation.clinic.conditions import NOTICE, Clinic, load_clinic
 from megatron_zj.evaluation.clinic.dialogues import sft_dialogues
@@ -77,19 +83,20 @@ def write_demo(folder: Path, seed: int, sizes: DemoSizes | None = None) -> dict[
     return {name: text.count("\n") - (name == "exam.csv") for name, text in texts.items() if name != "README.md"}
 
 
-def read_cases(path: Path, clinic: Clinic) -> list[Case]:
-    """The cases of a ``cases.jsonl``.  Raises ValueError naming the line that is none."""
-    cases = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+def read_cases(path: Path, clinic: Clinic, on_bad_record: OnBadRecord = "error") -> list[Case]:
+    """The cases of a ``cases.jsonl``.  Raises DataError naming file and line."""
+
+    def case(record: Mapping[str, Any]) -> Case:
         try:
-            record = json.loads(line)
             condition, other = clinic.named(record["condition"]), clinic.named(record["look_alike"])
             kind = KINDS[KINDS.index(record["kind"])]
-            messages = tuple(Message(turn["role"], turn["content"]) for turn in record["messages"])
         except (KeyError, ValueError) as error:
-            raise ValueError(f"{path}:{number}: not a case of this clinic ({error}); write it again") from error
-        cases.append(Case(condition, other, kind, messages))
-    return cases
+            raise BadRecord(f"not a case of this clinic ({error})", hint="write it again") from error
+        turns = messages_of(record.get("messages"), "messages", STANDARD_ROLES, role="role", content="content")
+        check_order(turns)
+        return Case(condition, other, kind, turns)
+
+    return read_table(path, case, on_bad_record)
 
 
 def _turns(messages: Sequence[Message]) -> list[dict[str, str]]:
