@@ -87,7 +87,7 @@ def write_bytes(path: Path, data: bytes) -> FileRecord:
         file.write(data)
         record = file.close()
     os.replace(temporary, path)
-    fsync_folder(path.parent)
+    fsync(path.parent)
     return record
 
 
@@ -125,9 +125,9 @@ def copy_file(source: Path, target: Path) -> FileRecord:
         return file.close()
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Make a file's bytes, or the names in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_zj.checkpoint import retention, tree
 from megatron_zj.checkpoint.errors import CheckpointError, explain
-from megatron_zj.checkpoint.files import FileRecord, copy_file, read_json, record_of, write_json
+from megatron_zj.checkpoint.files import FileRecord, copy_file, read_json, write_json
 from megatron_zj.checkpoint.hf_config import read_config, write_config
 from megatron_zj.checkpoint.manifest import (
     TOKENIZER,
@@ -30,6 +30,7 @@ from megatron_zj.checkpoint.manifest import (
     read_manifest,
     verify,
     write_manifest,
+    write_tokenizer,
 )
 from megatron_zj.checkpoint.safetensors_files import (
     Outgoing,
@@ -137,8 +138,7 @@ def import_hf(
         if kept is not None and incoming.pieces is None:
             files |= _copy(source, folder, TOKENIZER, _TOKENIZER_FILES)
         elif kept is not None:
-            kept.save(folder / TOKENIZER)
-            files |= {f"{TOKENIZER}/{path.name}": record_of(path) for path in (folder / TOKENIZER).iterdir()}
+            files |= write_tokenizer(folder, kept)
         config = {"model": dataclasses.asdict(incoming.model), "imported_from": raw.get("_name_or_path", source.name)}
         write_manifest(folder, new_manifest(0, {"model": role}, files, ManifestInfo(config, kept)))
 

@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy,
 
 from megatron_zj.checkpoint import retention, tree
 from megatron_zj.checkpoint.errors import CheckpointError, everywhere, gather, this_rank, world_size
-from megatron_zj.checkpoint.manifest import MANIFEST, Manifest, read_manifest, verify
+from megatron_zj.checkpoint.manifest import MANIFEST, TOKENIZER, Manifest, read_manifest, verify
 from megatron_zj.checkpoint.save import ALGORITHM, COMMON, EXTRA_STATE, ROLES, Saveable
 from megatron_zj.checkpoint.shards import ShardReader
 from megatron_zj.config.model import ModelConfig
@@ -55,10 +55,7 @@ def load(
     Collective over the world: ``engines`` has the same roles on every rank (None: not here).  Raises CheckpointError
     on all ranks, and names the file: missing, damaged, foreign, another shape, NaN.
     """
-    folder: Path | None = None
-    with everywhere(f"looking for a checkpoint in {path}"):
-        folder = _resolve(path) if this_rank() == 0 else None
-    folder = Path(gather(str(folder))[0])
+    folder = agreed_newest(path) or path  # reading the manifest says what is there instead
     manifest: Manifest | None = None
     sources: dict[str, str] = {}
     with everywhere(f"reading {folder / MANIFEST}"):
@@ -86,11 +83,16 @@ def load(
     return state
 
 
-def _resolve(path: Path) -> Path:
-    folder = newest(path)
-    if folder is None:
-        read_manifest(path)  # says what is there instead
-    return folder or path
+def agreed_newest(path: Path) -> Path | None:
+    """``newest`` as rank 0 sees it, on every rank: on a network file system ranks may see differing folders.
+
+    Collective over the world.
+    """
+    found: Path | None = None
+    with everywhere(f"looking for a checkpoint in {path}"):
+        found = newest(path) if this_rank() == 0 else None
+    first: Path | None = gather(found)[0]
+    return first
 
 
 def _source(folder: Path, manifest: Manifest, role: str, mapping: Mapping[str, str], weights_only: bool) -> str:
@@ -168,6 +170,7 @@ def _list_of(differing: Mapping[str, tuple[Any, Any]]) -> str:
 def _verify_share(folder: Path, manifest: Manifest, roles: list[str], weights_only: bool) -> None:
     """Check this rank's share of the files that will be read, largest first in turn."""
     names = [name for name in manifest.files if any(name.startswith(f"{ROLES}/{role}/") for role in roles)]
+    names += [name for name in manifest.files if name.startswith(f"{TOKENIZER}/")]
     if weights_only:
         names = [name for name in names if not Path(name).name.startswith("optimizer_")]
     else:
@@ -289,4 +292,4 @@ class _ShardedLoader(LoadShardedStrategy):
         pass
 
 
-__all__ = ["load", "newest"]
+__all__ = ["agreed_newest", "load", "newest"]

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from megatron_zj.checkpoint.errors import CheckpointError
-from megatron_zj.checkpoint.files import FileRecord, read_json, record_of, write_json
+from megatron_zj.checkpoint.files import FileRecord, fsync, read_json, record_of, write_json
 from megatron_zj.config.model import HeadKind, ModelConfig, RopeScalingConfig
-from megatron_zj.data.tokenizer import Tokenizer
+from megatron_zj.data.tokenizer import Tokenizer, load_tokenizer
 
 MANIFEST = "manifest.json"
 FORMAT = "megatron_zj checkpoint"
@@ -153,6 +153,22 @@ def verify(folder: Path, manifest: Manifest, names: Iterable[str] | None = None)
             )
         if record_of(path).sha256 != expected.sha256:
             raise CheckpointError(f"{path} is damaged: its SHA-256 does not match {MANIFEST}; {_USE_ANOTHER}")
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> dict[str, FileRecord]:
+    """Put the tokenizer into the checkpoint ``folder``, durably; what the manifest must list."""
+    target = folder / TOKENIZER
+    tokenizer.save(target)
+    paths = sorted(target.iterdir())
+    for path in (*paths, target):
+        fsync(path)
+    return {f"{TOKENIZER}/{path.name}": record_of(path) for path in paths}
+
+
+def read_tokenizer(folder: Path, manifest: Manifest, special_tokens: Sequence[str] = ()) -> Tokenizer:
+    """A checkpoint's tokenizer, and ``special_tokens``.  Its files are verified first: a changed one can be silent."""
+    verify(folder, manifest, [name for name in manifest.files if name.startswith(f"{TOKENIZER}/")])
+    return load_tokenizer(folder / TOKENIZER, special_tokens)
 
 
 def _what_it_is(folder: Path) -> str:

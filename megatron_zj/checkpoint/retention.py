@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import shutil
 from pathlib import Path
 
-from megatron_zj.checkpoint.files import fsync_folder
+from megatron_zj.checkpoint.files import fsync
 from megatron_zj.checkpoint.manifest import MANIFEST
 
+log = logging.getLogger(__name__)
 _STEP = re.compile(r"step_(\d{8,})(\.new)?")
 CHECKPOINTS = "checkpoints"  # of a run folder
 
@@ -58,7 +60,7 @@ def begin(root: Path, step: int) -> Path:
         folder = second
     remove(folder)
     folder.mkdir()
-    fsync_folder(root)
+    fsync(root)
     return folder
 
 
@@ -68,7 +70,7 @@ def promote(folder: Path) -> Path:
     if final != folder:
         remove(final)
         folder.rename(final)
-        fsync_folder(final.parent)
+        fsync(final.parent)
     return final
 
 
@@ -76,28 +78,33 @@ def remove(folder: Path) -> None:
     """Delete a checkpoint, manifest first: interrupted, what is left does not count."""
     with contextlib.suppress(FileNotFoundError):
         (folder / MANIFEST).unlink()
-        fsync_folder(folder)
+        fsync(folder)
     if folder.exists():
         shutil.rmtree(folder)
 
 
-def prune(root: Path, keep_last: int, keep_every: int) -> list[Path]:
+def prune(root: Path, saved: int, keep_last: int, keep_every: int) -> list[Path]:
     """Delete what need not be kept, and the remains of interrupted saves; returns what was deleted.
 
     Kept are the newest ``keep_last`` (0: all), every step that ``keep_every`` (0: none) divides, and always the
-    newest.
+    newest and the one just ``saved``.  What cannot be deleted is logged and left.
     """
     steps = complete_steps(root)
-    if not steps:
-        return []
-    last = max(steps)
-    kept = set(list(steps)[-keep_last:] if keep_last else steps) | {last}
+    last = max(steps, default=saved)
+    kept = set(list(steps)[-keep_last:] if keep_last else steps) | {last, saved}
     kept |= {step for step in steps if keep_every and step % keep_every == 0}
     deleted = [folder for step, folder in steps.items() if step not in kept]
     for folder in root.iterdir():
         match = _STEP.fullmatch(folder.name)
         if match and int(match[1]) < last and not is_complete(folder):
             deleted.append(folder)
-    for folder in deleted:
+    return [folder for folder in deleted if _removed(folder)]
+
+
+def _removed(folder: Path) -> bool:
+    try:
         remove(folder)
-    return deleted
+    except OSError as error:
+        log.warning("%s could not be deleted and takes up space: %s", folder, error)
+        return False
+    return True

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_zj.checkpoint.errors import CheckpointError
-from megatron_zj.checkpoint.files import fsync_folder, read_json, write_json
+from megatron_zj.checkpoint.files import fsync, read_json, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -138,4 +138,4 @@ def write_file(path: Path, tensors: Sequence[Outgoing]) -> None:
             del data
         file.flush()
         os.fsync(file.fileno())
-    fsync_folder(path.parent)
+    fsync(path.parent)

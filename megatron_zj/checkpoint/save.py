@@ -25,8 +25,8 @@ from torch import Tensor
 
 from megatron_zj.checkpoint import retention, tree
 from megatron_zj.checkpoint.errors import CheckpointError, agree, everywhere, explain, gather, this_rank
-from megatron_zj.checkpoint.files import FileRecord, fsync_folder, read_json, record_of, require_space, write_json
-from megatron_zj.checkpoint.manifest import TOKENIZER, ManifestInfo, RoleInfo, new_manifest, write_manifest
+from megatron_zj.checkpoint.files import FileRecord, fsync, read_json, require_space, write_json
+from megatron_zj.checkpoint.manifest import ManifestInfo, RoleInfo, new_manifest, write_manifest, write_tokenizer
 from megatron_zj.checkpoint.shards import Index, ShardWriter, require_finite, write_foreign_common, write_index
 from megatron_zj.config.checkpoint import CheckpointConfig
 from megatron_zj.config.model import HeadKind, ModelConfig
@@ -99,7 +99,7 @@ class _Save:
 
 
 class Checkpointer:
-    """Saves into ``root/step_*``.  Every method is collective over the world."""
+    """Saves into ``root/step_*``.  ``save`` and ``wait`` are collective over the world."""
 
     def __init__(self, root: Path, config: CheckpointConfig, manifest: ManifestInfo) -> None:
         self.root, self.config, self.info = root, config, manifest
@@ -151,6 +151,23 @@ class Checkpointer:
             _discard(save.folder)
             raise
 
+    def wait_alone(self, seconds: float) -> None:
+        """Let an asynchronous save finish after the run has failed, without a collective: ranks may be gone.
+
+        Every rank stays until the manifest is written, because a launcher ends all ranks when the first one leaves; at
+        most ``seconds``.  Without what a dead rank should have written it does not count.  Logs only.
+        """
+        save, self._pending = self._pending, None
+        if save is None or save.thread is None:
+            return
+        log.info("finishing %s before leaving", save.folder)
+        save.deadline = time.monotonic() + seconds
+        save.thread.join(seconds)
+        while save.error is None and not _settled(save.folder) and time.monotonic() < save.deadline:
+            time.sleep(0.02)
+        if not _settled(save.folder):
+            log.warning("%s does not count: %s", save.folder, save.error or f"not complete within {seconds:.0f} s")
+
     def _prepare(
         self, step: int, folder: Path, engines: Mapping[str, Saveable | None], algorithm_state: dict[str, Any]
     ) -> _Save:
@@ -187,11 +204,8 @@ class Checkpointer:
             (save.folder / ROLES / role).mkdir(parents=True)
         save.files.update(tree.save_tree(save.folder, ALGORITHM, algorithm_state))
         if self.info.tokenizer is not None:
-            target = save.folder / TOKENIZER
-            target.mkdir()
-            self.info.tokenizer.save(target)
-            save.files.update({f"{TOKENIZER}/{path.name}": record_of(path) for path in sorted(target.iterdir())})
-        fsync_folder(save.folder / ROLES)
+            save.files.update(write_tokenizer(save.folder, self.info.tokenizer))
+        fsync(save.folder / ROLES)
 
     def _finish(self, save: _Save) -> None:
         """Rank 0: indices, manifest, retention.  Needs every rank's receipt."""
@@ -208,11 +222,20 @@ class Checkpointer:
                 save.files[f"{ROLES}/{role}/{name}"] = record
             for rank in range(world_size):
                 _receipt_path(folder, rank).unlink()
-            fsync_folder(folder)
+            fsync(folder)
         write_manifest(save.folder, new_manifest(save.step, save.roles, save.files, self.info))
         final = retention.promote(save.folder)
-        deleted = retention.prune(self.root, self.config.keep_last, self.config.keep_every)
-        log.info("saved %s%s", final, f", deleted {[path.name for path in deleted]}" if deleted else "")
+        log.info("saved %s", final)
+        self._prune(save.step)
+
+    def _prune(self, saved: int) -> None:
+        try:
+            deleted = retention.prune(self.root, saved, self.config.keep_last, self.config.keep_every)
+        except OSError as error:  # the new checkpoint is complete, so the save has succeeded
+            log.warning("older checkpoints in %s could not be deleted: %s", self.root, error)
+        else:
+            if deleted:
+                log.info("deleted %s", [path.name for path in deleted])
 
 
 def _describe(engine: Saveable) -> RoleInfo:
@@ -305,7 +328,12 @@ def _receipts(save: _Save, folder: Path, world_size: int) -> list[Any]:
         time.sleep(0.02)
 
 
+def _settled(folder: Path) -> bool:
+    """Whether rank 0 has completed the checkpoint; a second save of its step has then been renamed."""
+    return retention.is_complete(folder) or not folder.exists()
+
+
 def _discard(folder: Path) -> None:
-    """Free the space of a failed save."""
-    if this_rank() == 0:
+    """Free the space of a failed save; a checkpoint that is complete stays, whatever went wrong after it."""
+    if this_rank() == 0 and not retention.is_complete(folder):
         shutil.rmtree(folder, ignore_errors=True)

@@ -14,10 +14,11 @@ import torch
 from megatron_zj.algorithms.provenance import require_head
 from megatron_zj.algorithms.registry import BUILDERS, Algorithm, Parts
 from megatron_zj.algorithms.shaping import ScoreScale
-from megatron_zj.checkpoint.load import load, newest
+from megatron_zj.checkpoint.load import agreed_newest, load
 from megatron_zj.checkpoint.manifest import ManifestInfo, read_manifest
 from megatron_zj.checkpoint.retention import CHECKPOINTS
 from megatron_zj.checkpoint.save import Checkpointer
+from megatron_zj.checkpoint.shared import require_shared
 from megatron_zj.config import derived
 from megatron_zj.config.algorithm import SamplingConfig
 from megatron_zj.config.loader import ConfigError, to_dict
@@ -60,12 +61,11 @@ def build_run(config: RunConfig, process: Process) -> Run:
     """Everything, with weights loaded: a resumed run's own, or the previous stage's, or fresh ones."""
     timers = Timers(process.device, process.activity)
     with process.activity.doing("build"):
+        require_shared(config.run.dir)
+        root = config.run.dir / CHECKPOINTS
+        resumed = find_own_checkpoint(config, root)
         tokenizer = checked_tokenizer(config)
         stream, validation = build_streams(config, tokenizer)  # before the models: bad data is told at once
-        root = config.run.dir / CHECKPOINTS
-        resumed = None if config.checkpoint.resume == "never" else newest(root)
-        if resumed is None and config.checkpoint.resume == "must":
-            raise ConfigError([f"checkpoint.resume: 'must', but there is no complete checkpoint below {root}"])
         roles = build_roles(config, process, resumes=resumed is not None)
         engines = {name: role.engine for name, role in roles.items()}
         scale = ScoreScale()
@@ -80,6 +80,21 @@ def build_run(config: RunConfig, process: Process) -> Run:
     callbacks = build_callbacks(config, process, algorithm, checkpointer, engines, timers)
     profiler = StepProfiler(config.run.dir / PROFILE, config.run.profile_steps, process.rank)
     return Run(algorithm, callbacks, timers, parts.stream.describe, profiler)
+
+
+def find_own_checkpoint(config: RunConfig, root: Path) -> Path | None:
+    """What the run goes on from; ConfigError when ``checkpoint.resume`` does not fit it.  Collective over the world."""
+    found, resume = agreed_newest(root), config.checkpoint.resume
+    if found is None and resume == "must":
+        raise ConfigError([f"checkpoint.resume: 'must', but there is no complete checkpoint below {root}"])
+    if found is not None and resume == "never":  # two runs' steps in one folder: the older run's would count as newest
+        raise ConfigError(
+            [
+                f"checkpoint.resume: 'never', but {root} holds {found.name} of an earlier run; choose another run.dir, "
+                "or remove that folder"
+            ]
+        )
+    return found
 
 
 def checked_tokenizer(config: RunConfig) -> Tokenizer:
@@ -146,7 +161,7 @@ def load_starting_weights(config: RunConfig, built: Mapping[str, Role], fingerpr
             if config.algorithm.role_kinds[name].needs_weights:
                 raise ConfigError([f"algorithm.{name}.load: the {name} needs weights; give a checkpoint"])
             continue
-        folder = newest(path)
+        folder = agreed_newest(path)
         if folder is None:
             raise ConfigError([f"algorithm.{name}: no complete checkpoint in {path}"])
         _require_same_head(config, name, folder)

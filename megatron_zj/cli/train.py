@@ -35,9 +35,9 @@ def main(argv: Sequence[str]) -> int:
 def train(config: RunConfig, process: Process) -> None:
     """One run, from the first log line to the last checkpoint.  Collective over the world."""
     setup(process, config.run.dir)
-    if process.rank == 0:
-        save_frozen(config, config.run.dir / "config.yaml")
     built = build_run(config, process)
+    if process.rank == 0:  # now that nothing was refused: the file may be an earlier run's
+        save_frozen(config, config.run.dir / "config.yaml")
     run(built.algorithm, config.run.num_steps, built.callbacks, built.timers, built.describe, built.profiler)
 
 

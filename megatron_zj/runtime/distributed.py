@@ -246,12 +246,17 @@ def _reproducible(device: torch.device) -> None:
 
 
 def _is_collective_failure(error: BaseException) -> bool:
-    """Whether the error, or one it came from, is a collective that lost a member."""
+    """Whether the error, or one it came from, is a collective that lost a member.
+
+    Our own errors, and what they came from, are no such thing whatever words they hold (a file may be called nccl).
+    """
     seen: BaseException | None = error
+    ours = False
     while seen is not None:
+        ours = ours or type(seen).__module__.split(".")[0] == "megatron_zj"
         if isinstance(seen, dist.DistError):
             return True
-        if isinstance(seen, RuntimeError) and _COLLECTIVE_FAILURE.search(str(seen)):
+        if not ours and isinstance(seen, RuntimeError) and _COLLECTIVE_FAILURE.search(str(seen)):
             return True
         seen = seen.__cause__ or seen.__context__
     return False

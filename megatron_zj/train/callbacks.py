@@ -22,6 +22,7 @@ from megatron_zj.runtime.timers import Timers
 from megatron_zj.train.loop import Algorithm
 
 logger = logging.getLogger(__name__)
+_GRACE_SECONDS = 60.0  # for a background save, once the run has failed
 
 
 # What the line of a step shows, where the algorithm has it; metrics.jsonl keeps everything.
@@ -142,6 +143,8 @@ class Save:
         """Let a background save finish."""
         if completed:
             self._checkpointer.wait()
+        else:
+            self._checkpointer.wait_alone(_GRACE_SECONDS)
 
     def _state(self) -> dict[str, Any]:
         return self._algorithm.state_dict()

@@ -17,23 +17,24 @@ from megatron_zj.checkpoint import files as checkpoint_files
 from megatron_zj.checkpoint import retention
 from megatron_zj.checkpoint.errors import CheckpointError
 from megatron_zj.checkpoint.load import load, newest
-from megatron_zj.checkpoint.manifest import read_manifest
+from megatron_zj.checkpoint.manifest import read_manifest, read_tokenizer
 from megatron_zj.config.model import ModelConfig, RopeScalingConfig
 from megatron_zj.config.parallel import ParallelConfig
-from tests.checkpoint.toy import MODEL, Toy, checkpointer, equal, toy
+from megatron_zj.data.tokenizer import Tokenizer
+from tests.checkpoint.toy import MODEL, Toy, checkpointer, equal, tokenizer, toy
 from tests.helpers.ranks import run_ranks
 
 ROLE = "roles/model"
 
 
-def _save_one(root: Path) -> None:
-    checkpointer(root).save(1, {"model": toy(ParallelConfig(tp=2), 1)}, {"n": 1})
+def _save_one(root: Path, pieces: Tokenizer) -> None:
+    checkpointer(root, pieces).save(1, {"model": toy(ParallelConfig(tp=2), 1)}, {"n": 1})
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sound")
-    run_ranks(2, _save_one, root)
+    run_ranks(2, _save_one, root, tokenizer())
     return root / "step_00000001"
 
 
@@ -54,6 +55,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "flipped bit in the index": (f"{ROLE}/index.json", _flip, "damaged"),
     "flipped bit in unsharded state": (f"{ROLE}/common.json", _flip, "damaged"),
     "missing algorithm state": ("algorithm.safetensors", Path.unlink, "is missing"),
+    "flipped bit in the tokenizer": ("tokenizer/tokenizer.model", _flip, "damaged: its SHA-256"),
     "flipped bit in the manifest": ("manifest.json", _flip, "damaged"),
     "no manifest": ("manifest.json", Path.unlink, "its save was interrupted"),
 }
@@ -81,6 +83,17 @@ def test_every_damage_is_refused_on_every_rank_with_the_files_name(sound: Path, 
             assert words in message, (name, message)
             assert file in message, (name, message)
             assert untouched, name
+
+
+def test_a_changed_tokenizer_is_refused_before_it_is_read(sound: Path, tmp_path: Path) -> None:
+    """A tokenizer with other names for its special tokens reads well, and gives other ids."""
+    assert read_tokenizer(sound, read_manifest(sound)).fingerprint() == tokenizer().fingerprint()
+    folder = tmp_path / "changed"
+    shutil.copytree(sound, folder)
+    added = folder / "tokenizer/tokenizer_config.json"
+    added.write_text(added.read_text().replace("</s>", "<s/>"))
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json is damaged"):
+        read_tokenizer(folder, read_manifest(folder))
 
 
 def _weights_only(folder: Path) -> bool:

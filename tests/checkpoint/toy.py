@@ -14,6 +14,8 @@ from megatron_zj.checkpoint.save import Checkpointer
 from megatron_zj.config.checkpoint import CheckpointConfig
 from megatron_zj.config.model import HeadKind, ModelConfig
 from megatron_zj.config.parallel import ParallelConfig
+from megatron_zj.data.tokenizer import Tokenizer
+from megatron_zj.data.vocabulary import train_sentencepiece
 from megatron_zj.parallel.grid import RankGrid
 from megatron_zj.parallel.groups import ParallelGroups, create_groups
 
@@ -104,9 +106,14 @@ def toy(layout: ParallelConfig, seed: int, **options: Any) -> Toy:
     return Toy(groups, seed, **options)
 
 
-def checkpointer(root: Path, **options: Any) -> Checkpointer:
-    """A checkpointer without a tokenizer."""
-    return Checkpointer(root, CheckpointConfig(**options), ManifestInfo(config={"run": {"seed": 1}}))
+def checkpointer(root: Path, tokenizer: Tokenizer | None = None, **options: Any) -> Checkpointer:
+    """A checkpointer, by default without a tokenizer."""
+    return Checkpointer(root, CheckpointConfig(**options), ManifestInfo({"run": {"seed": 1}}, tokenizer))
+
+
+def tokenizer() -> Tokenizer:
+    """A small one."""
+    return train_sentencepiece([f"头痛 {number} 天，发热 {number * 7} 小时。" for number in range(60)], 284)
 
 
 def equal(first: Toy, second: Toy) -> bool:

@@ -199,6 +199,14 @@ def test_a_damaged_or_missing_checkpoint(world: Path) -> None:
     outcome = zj(train_argv("sft", world, "from_damaged", checkpoint__load=damaged))
     assert outcome.code == 1
     assert f"{victim} is damaged" in outcome.error
+    shutil.copytree(world / "sft", world / "of_other_pieces")
+    pieces = world / "of_other_pieces/checkpoints/step_00000001/tokenizer/tokenizer.model"
+    content = bytearray(pieces.read_bytes())
+    content[len(content) // 2] ^= 1
+    pieces.write_bytes(content)
+    outcome = zj(["generate", f"checkpoint.load={world}/of_other_pieces", f"data.files=[{world}/data/prompts.jsonl]"])
+    assert outcome.code == 1
+    assert f"{pieces} is damaged" in outcome.error
     outcome = zj(train_argv("sft", world, "from_nothing", checkpoint__load=world / "data"))
     assert f"no complete checkpoint in {world / 'data'}" in outcome.error
 

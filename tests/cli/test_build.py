@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
+from megatron_zj.checkpoint import retention, shared
 from megatron_zj.cli.build import checked_tokenizer
 from megatron_zj.cli.compose import compose_run
 from megatron_zj.config.derived import starting_point
@@ -55,6 +57,42 @@ def test_what_cannot_start_says_so_before_any_model_is_built(world: Path) -> Non
     outcome = zj(argv)
     assert outcome.code == 1
     assert "algorithm.reward.load: not set; name the reward model's checkpoint" in outcome.error
+
+
+def test_a_folder_with_checkpoints_is_not_for_a_run_that_does_not_resume(world: Path) -> None:
+    """Its steps would stand among the older run's, whose last one would count as the newest."""
+    files = {
+        path: path.read_bytes() for path in (world / "sft").rglob("*") if path.is_file() and path.name != "log.txt"
+    }
+    outcome = zj(train_argv("sft", world, "sft", checkpoint__resume="never", optim__lr=1e-2))
+    assert outcome.code == 1
+    assert f"'never', but {world}/sft/checkpoints holds step_00000001 of an earlier run; choose another run.dir" in (
+        outcome.error
+    )
+    assert {path: path.read_bytes() for path in files} == files
+
+
+def test_ranks_on_nodes_of_their_own_are_told_before_anything_is_built(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared, "_VISIBLE_SECONDS", 0.2)
+    original = Path.exists
+    unseen = lambda path: path.name.startswith(".shared_") and dist.get_rank() == 1  # noqa: E731
+    monkeypatch.setattr(Path, "exists", lambda path: original(path) and not unseen(path))
+    outcome = zj(train_argv("sft", world, "apart"), ranks=2)
+    assert outcome.codes == (1, 1)
+    assert "error: rank 1: on host " in outcome.output
+    assert "run.dir must lie on a file system that all nodes share" in outcome.error
+    assert not list((world / "apart").glob(".shared*"))
+
+
+def test_ranks_that_see_differing_folders_resume_from_what_rank_0_sees(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = retention.complete_steps
+    monkeypatch.setattr(retention, "complete_steps", lambda root: original(root) if dist.get_rank() == 0 else {})
+    outcome = zj(train_argv("sft", world, "sft", run__num_steps=1), ranks=2)
+    assert outcome.codes == (0, 0), outcome.output
 
 
 def test_the_log_names_every_role_and_the_weights_it_got(world: Path) -> None:

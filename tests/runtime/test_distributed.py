@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_zj.checkpoint.errors import CheckpointError
 from megatron_zj.runtime import activity, distributed
 from megatron_zj.runtime.distributed import Process, RankLostError, StartError, session
 
@@ -170,6 +171,25 @@ def _fork_a_child_and_stop_it(process: Process) -> None:
 
 def test_stopping_a_forked_child_does_not_stop_its_rank(tmp_path: Path) -> None:
     assert _run(2, tmp_path, _fork_a_child_and_stop_it) == {0: 0, 1: 0}
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:3"), True),
+        (dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:77"), True),
+        (CheckpointError("/data/nccl-tests/step_00000001/manifest.json is damaged"), False),
+        (RuntimeError("the size does not match"), False),
+    ],
+)
+def test_an_error_of_our_own_is_no_lost_rank_whatever_its_file_is_called(error: Exception, lost: bool) -> None:
+    assert distributed._is_collective_failure(error) is lost
+    ours = CheckpointError("/data/gloo is damaged")
+    ours.__cause__ = RuntimeError("PytorchStreamReader failed reading /data/gloo")
+    assert not distributed._is_collective_failure(ours)
+    wrapped = ValueError("while saving")
+    wrapped.__cause__ = error
+    assert distributed._is_collective_failure(wrapped) is lost
 
 
 def _good(process: Process) -> None:
