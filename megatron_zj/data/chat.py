@@ -84,8 +84,8 @@ def chat_template(name: str) -> ChatTemplate:
     return TEMPLATES[name]
 
 
-def check_order(messages: Sequence[Message]) -> None:
-    """Turns must be: an optional system turn, then user, assistant, user ... , none of them empty."""
+def check_order(messages: Sequence[Message], last: RoleName | None = None) -> None:
+    """Turns must be: an optional system turn, then user, assistant, user ... up to ``last``, none of them empty."""
     turns = list(messages)
     for index, message in enumerate(turns):
         if not message.content.strip():
@@ -101,6 +101,9 @@ def check_order(messages: Sequence[Message]) -> None:
                 field=f"messages[{first + index}].role",
                 hint="join neighbouring turns of one speaker and begin with the user, or set data.on_bad_record=skip",
             )
+    if last is not None and turns[-1].role != last:
+        asked = "the dialogue ends without an answer" if last == "assistant" else "a prompt must end with a user turn"
+        raise BadRecord(asked, field="messages")
 
 
 def render(messages: Sequence[Message], template: ChatTemplate, tokenizer: Tokenizer) -> list[Span]:
@@ -127,8 +130,7 @@ def render(messages: Sequence[Message], template: ChatTemplate, tokenizer: Token
 
 def render_prompt(messages: Sequence[Message], template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
     """Ids of a prompt for generation: ``messages`` ends with the user, the ids end where the answer begins."""
-    if not messages or messages[-1].role != "user":
-        raise BadRecord("a prompt must end with a user turn", field="messages")
+    check_order(messages, "user")
     return [token_id for span in render(messages, template, tokenizer) for token_id in span.ids]
 
 

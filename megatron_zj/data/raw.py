@@ -68,7 +68,7 @@ def read_raw(files: Sequence[str], kind: Kind, form: str, on_bad_record: OnBadRe
         def convert(item: Item, chosen: Any = chosen) -> Record:
             record = convert_item(item, chosen, kind)
             if isinstance(record, PromptRecord | DialogueRecord):
-                check_order(record.messages)
+                check_order(record.messages, "user" if isinstance(record, PromptRecord) else "assistant")
             return record
 
         found += usable(path, raw_items(path, chosen), convert, on_bad_record)

@@ -75,9 +75,7 @@ class Encoder:
         return Unit(((Span(ids, False),),), (0,))
 
     def _dialogue(self, record: DialogueRecord, counts: Counts) -> list[Unit]:
-        check_order(record.messages)
-        if record.messages[-1].role != "assistant":
-            raise BadRecord("the dialogue ends without an answer", field="messages")
+        check_order(record.messages, "assistant")
         row = render(record.messages, self._template, self._tokenizer)
         if self._fits(row) or not self._may_shorten(_length(row), counts):
             return [_single(row)] if self._fits(row) else []

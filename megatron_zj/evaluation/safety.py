@@ -51,7 +51,7 @@ def _probe(record: Mapping[str, Any]) -> Probe:
     asked = [name for name in ("instruct", "instruction") if record.get(name)]
     if "messages" in record:
         turns = messages_of(record["messages"], "messages", STANDARD_ROLES, role="role", content="content")
-        check_order(turns)
+        check_order(turns, "user")
     elif asked:
         turns = (Message("user", text_of(record[asked[0]], asked[0])),)
     else:

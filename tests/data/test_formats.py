@@ -326,8 +326,11 @@ def test_unknown_format_and_unknown_shape_list_the_formats(tmp_path: Path) -> No
         choose_format(path, "alpca")
     with pytest.raises(DataError, match=r"'remedi' does not read \.jsonl files"):
         choose_format(path, "remedi")
-    path.write_text("{\n")
-    with pytest.raises(DataError, match="no record could be read"):
+    path.write_text('{"text": "x"},\n' * 30)
+    with pytest.raises(DataError, match=r"x\.jsonl, record at line 1: the line is not JSON \(Extra data"):
+        choose_format(path, "auto")
+    path.write_text("\n")
+    with pytest.raises(DataError, match=r"x\.jsonl holds no record"):
         choose_format(path, "auto")
 
 

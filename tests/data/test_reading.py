@@ -86,6 +86,24 @@ def test_a_row_with_other_cells_than_the_header_is_a_bad_record(tmp_path: Path) 
     assert "3 cells under 2 column names" in found[1].error.reason
 
 
+@pytest.mark.parametrize("line", [b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"])
+def test_a_line_beyond_all_measure_is_a_bad_record_and_the_next_is_read(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(line + b'\n{"text": "x"}\n')
+    first, second = read_items(path)
+    assert first.error is not None
+    assert "JSON beyond all measure" in first.error.reason
+    assert second == Item(2, {"text": "x"})
+
+
+def test_parquet_text_in_another_encoding_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    column = pyarrow.array(["发热".encode("gb18030")], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+    with pytest.raises(DataError, match=r"rows\.parquet is no readable parquet file: 'utf-8' codec"):
+        values(path)
+
+
 def test_lines_are_read_without_their_ends(tmp_path: Path) -> None:
     path = tmp_path / "t.txt"
     path.write_bytes("一\r\n二\n\n三".encode("gb18030"))
@@ -106,6 +124,13 @@ def test_lines_are_read_without_their_ends(tmp_path: Path) -> None:
         ("a.jsonl.gz", b"not gzip", "a.jsonl.gz is no complete gzip"),
         ("b.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:40], "b.jsonl.gz is no complete gzip"),
         ("a.csv", b'a,b\n"1,2\n', r"a.csv, line 2"),
+        ("a.csv", b"a,b,a\n1,2,3\n", r"a.csv, line 1: two columns are called 'a'"),
+        ("a.csv.gz", gzip.compress(b""), r"a.csv.gz, line 1: no header"),
+        ("a.parquet.gz", b"PAR1", r"a.parquet.gz: parquet is compressed inside and not read from .gz"),
+        ("a.json", b"[" * 100_000, "a.json, line 1: maximum recursion depth"),
+        ("a.json", b'{"a": ' * 100_000, "a.json, line 1: maximum recursion depth"),
+        ("a.json", b'[\n{"a": ' + b"9" * 5000 + b"}]", "a.json, line 2: Exceeds the limit"),
+        ("a.txt", b"text", "a.txt: records are wanted"),
     ],
 )
 def test_unreadable_files_are_named_with_what_to_change(

@@ -29,6 +29,8 @@ CASE = json.dumps(
     },
     ensure_ascii=False,
 )
+TURNS = [{"role": "user", "content": "头痛。"}, {"role": "assistant", "content": "多久了？"}]
+DIALOGUE = json.dumps({"messages": TURNS}, ensure_ascii=False) + "\n"
 Read = Callable[..., list[Any]]
 
 
@@ -86,6 +88,7 @@ def test_an_unreadable_file_is_named(
         ("safety.jsonl", read_probes, f"{PROBE}\n", '{"instruct": "\\ud800"}\n', "line 2, field 'instruct': half of a"),
         ("safety.jsonl", read_probes, f"{PROBE}\n", '{"messages": [{"role": "user"}]}\n', "'role' and 'content'"),
         ("safety.jsonl", read_probes, f"{PROBE}\n", '{"instruct": "?", "topic": "x"}\n', "field 'topic'"),
+        ("safety.jsonl", read_probes, f"{PROBE}\n", DIALOGUE, "a prompt must end with a user turn"),
         ("cases.jsonl", cases_of, f"{CASE}\n", '["ask"]\n', "line 2: expected an object"),
         ("cases.jsonl", cases_of, f"{CASE}\n", CASE.replace("头痛。", "") + "\n", r"messages\[0\].content"),
     ],

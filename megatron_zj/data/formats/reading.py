@@ -229,7 +229,8 @@ def _csv_items(path: Path, delimiter: str) -> Iterator[Item]:
                 else:
                     yield Item(line, dict(zip(names, cells, strict=True)))
         except (csv.Error, StopIteration) as error:
-            raise DataError(f"{path}, line {reader.line_num}: {error or 'no header'}\n  -> mend the quoting") from error
+            where = f"{path}, line {max(reader.line_num, 1)}"
+            raise DataError(f"{where}: {str(error) or 'no header'}\n  -> mend the quoting") from error
 
 
 def _parquet_items(path: Path) -> Iterator[Item]:

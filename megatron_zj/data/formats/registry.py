@@ -62,7 +62,12 @@ def choose_format(path: Path, name: str) -> Format:
                 f"  -> for this file one of: {', '.join(known.name for known in fitting)}"
             )
         return FORMATS[name]
-    for sample in _samples(path, is_text):
+    bad: list[str] = []
+    for item in _samples(path, is_text):
+        if item.error is not None:
+            bad.append(f"{path}, record at line {item.line}: {item.error.reason}")
+            continue
+        sample = item.value
         for known in fitting:
             if known.matches(sample):
                 return known
@@ -71,16 +76,16 @@ def choose_format(path: Path, name: str) -> Format:
         raise DataError(
             f"{path}: no format matches its first record ({keys})\n  -> set data.format to one of\n{shapes}"
         )
-    raise DataError(f"{path}: no record could be read\n  -> check that the file is what its name says")
+    if bad:
+        raise DataError(f"{bad[0]}\n  -> correct the file: none of its first records can be read")
+    raise DataError(f"{path} holds no record\n  -> remove it from data.files")
 
 
-def _samples(path: Path, is_text: bool) -> Iterator[Any]:
+def _samples(path: Path, is_text: bool) -> Iterable[Item]:
+    """What ``auto`` looks at: the first records, or the first lines of a text as one."""
     if is_text:
-        yield "\n".join(line for _, line in itertools.islice(read_lines(path), _SAMPLE_LINES))
-        return
-    for item in itertools.islice(read_items(path), _SAMPLE_ITEMS):
-        if item.error is None:
-            yield item.value
+        return [Item(1, "\n".join(line for _, line in itertools.islice(read_lines(path), _SAMPLE_LINES)))]
+    return itertools.islice(read_items(path), _SAMPLE_ITEMS)
 
 
 def raw_items(path: Path, form: Format) -> Iterator[Item]:

@@ -93,7 +93,7 @@ def read_cases(path: Path, clinic: Clinic, on_bad_record: OnBadRecord = "error")
         except (KeyError, ValueError) as error:
             raise BadRecord(f"not a case of this clinic ({error})", hint="write it again") from error
         turns = messages_of(record.get("messages"), "messages", STANDARD_ROLES, role="role", content="content")
-        check_order(turns)
+        check_order(turns, "user")
         return Case(condition, other, kind, turns)
 
     return read_table(path, case, on_bad_record)
