@@ -1,4 +1,6 @@
-"""Argument checks the ops share.  They read shapes, dtypes and devices only: nothing here waits for a device."""
+"""Argument checks the ops share.  They read shapes, dtypes and devices; only ``host_ends`` and ``require_below`` may
+wait for a device, and say when.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from kernels import dispatch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -49,16 +53,17 @@ def require_shape(tensor: Tensor, shape: Sequence[int | None], name: str) -> Non
 
 
 def host_ends(cu_seqlens: Tensor, ends: Sequence[int] | None, total: int, name: str) -> list[int] | None:
-    """The sequence ends on the host: ``ends`` where given, read from a CPU tensor, else None (no synchronisation).
+    """The sequence ends on the host: ``ends`` where given, else read from the tensor, which waits for its device.
 
-    Raises ValueError where they are known and do not rise from 0 to ``total``.
+    None where a tensor has no numbers to read: while a graph is captured or traced.  Raises ValueError where they are
+    known and do not rise from 0 to ``total``.
     """
     require(
         cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1,
         f"{name} must be [sequences + 1], got {list(cu_seqlens.shape)}",
     )
     if ends is None:
-        if cu_seqlens.device.type != "cpu":
+        if not _readable(cu_seqlens):
             return None
         ends = cu_seqlens.tolist()
     known = list(ends)
@@ -66,3 +71,14 @@ def host_ends(cu_seqlens: Tensor, ends: Sequence[int] | None, total: int, name: 
     rising = known[0] == 0 and all(a <= b for a, b in itertools.pairwise(known))
     require(rising and known[-1] == total, f"{name} must rise from 0 to the {total} tokens given, got {known}")
     return known
+
+
+def require_below(index: Tensor, limit: int, name: str) -> None:
+    """Every number is below ``limit``; waits for the tensor's device, and checks nothing while a graph is made."""
+    if index.numel() and _readable(index):
+        highest = int(index.max())
+        require(highest < limit, f"{name} must be below {limit}, got {highest}")
+
+
+def _readable(tensor: Tensor) -> bool:
+    return not dispatch.traced(tensor) and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,13 +37,15 @@ class Entry:
     dots: bool = False  # tensor cores are promised
     aligned: bool = True  # every global load of a tile is promised 128 bits wide, and none 16
     tma: bool = False  # bulk tensor copies are promised
+    variant: str = ""  # what it is besides the usual: the same blocks, other compile-time choices
     specialized: bool = False  # warps with registers of their own are promised, and no spill under any Triton
     only: tuple[str, ...] = field(default=("sm_80", "sm_90", "sm_100", "gfx942"))  # where it is used
 
     @property
     def label(self) -> str:
         """A name for tables of results."""
-        return f"{self.name}[{self.key}]" if self.key else self.name
+        inside = ", ".join(filter(None, (self.key, self.variant)))
+        return f"{self.name}[{inside}]" if inside else self.name
 
     def launch_meta(self, arch: str, table: Mapping[str, int] | None = None) -> dict[str, Any]:
         """The keyword arguments of a launch on this architecture, or with these blocks instead of the table's."""
@@ -59,7 +61,8 @@ def _attention(dim: int, dtype: torch.dtype = BF16) -> Iterator[Entry]:
     key = f"{dim}/fp32" if dtype == FP32 else str(dim)
     meta = {
         "HEADS": heads, "GROUP": heads // kv_heads, "D": dim, "BD": attention.block_dim(dim), "CAUSAL": True,
-        "WINDOW": 0, "HAS_SLOTS": False, "SEQUENCES": 64, "PRECISION": "ieee" if dtype == FP32 else "tf32",
+        "WINDOW": 0, "HAS_SLOTS": False, "SEQUENCES": 64, "WIDE": False,
+        "PRECISION": "ieee" if dtype == FP32 else "tf32",
     }  # fmt: skip
     strides = (heads * dim, dim, kv_heads * dim, dim, kv_heads * dim, dim)
     ends = [pointer(INT32) for _ in range(3)]
@@ -86,8 +89,8 @@ def _attention(dim: int, dtype: torch.dtype = BF16) -> Iterator[Entry]:
     cache = (4096 * kv_heads * dim, kv_heads * dim, dim)
     yield Entry(
         "attention", attention.decode_split, "decode_split", key,
-        (*_floats(dtype, 3), pointer(INT64), *_floats(FP32, 2), heads * dim, dim, *cache, *cache, 8, 0.088), decode,
-        dots=dtype != FP32, aligned=exact,
+        (*_floats(dtype, 3), pointer(INT64), *_floats(FP32, 2), heads * dim, dim, *cache, *cache, 8, 4096, 0.088),
+        decode, dots=dtype != FP32, aligned=exact,
     )  # fmt: skip
 
 
@@ -213,6 +216,20 @@ def _around_attention() -> Iterator[Entry]:
     )  # fmt: skip
 
 
+def _variants() -> Iterator[Entry]:
+    """What context parallelism, sliding windows and full attention compile to."""
+    choices = {
+        "slots": {"HAS_SLOTS": True},
+        "window": {"WINDOW": 4096},
+        "full": {"CAUSAL": False},
+        "wide": {"WIDE": True},
+    }
+    for entry in _attention(128):
+        for variant, choice in choices.items():
+            if choice.keys() <= entry.meta.keys():
+                yield replace(entry, variant=variant, meta={**entry.meta, **choice})
+
+
 def entries() -> list[Entry]:
     """All of them, in the order of the ops."""
     found: list[Entry] = []
@@ -220,4 +237,4 @@ def entries() -> list[Entry]:
         found += _attention(dim)
     for dim in (64, 128, 256):
         found += _attention(dim, FP32)
-    return [*found, *_around_attention(), *_rows(), *_heads(), *_logprob(BF16), *_logprob(FP32)]
+    return [*found, *_variants(), *_around_attention(), *_rows(), *_heads(), *_logprob(BF16), *_logprob(FP32)]

@@ -48,7 +48,7 @@ _ROW_KERNELS: Table = {
     "decode_combine": {"": _blocks(4, 2)},
 }
 
-TABLES: Mapping[str, Table] = {
+_TABLES: dict[str, Table] = {
     # Small blocks: the shapes of a test then cross many block edges.
     "interpreter": {
         **{
@@ -143,23 +143,31 @@ TABLES: Mapping[str, Table] = {
     },
 }
 
+# A compute unit of gfx942 has 64 KiB of shared memory.
+_SMALLER: Table = {"attention_forward": {**_TABLES["sm_80"]["attention_forward"], "128": _blocks(8, 2, BM=128, BN=64)}}
+TABLES: Mapping[str, Table] = {**_TABLES, "gfx942": {**_TABLES["sm_80"], **_SMALLER}}
+
 # Blocks of another table until a device of the kind has been measured.
-SAME_AS = {"sm_100": "sm_90", "gfx942": "sm_80"}
+SAME_AS = {"sm_100": "sm_90"}
 
 
 def architecture(device: torch.device) -> str:
-    """The table for this device: the newest one that is not newer than it.
+    """The table for this device.
 
-    Raises NotImplementedError on a device older than sm_80.
+    Consumer chips (sm_86, sm_89, sm_12x) have 99 KiB of shared memory a block, which the blocks of sm_80 fit.
+    Raises NotImplementedError on a device older than sm_80, or an AMD one other than gfx942.
     """
     if dispatch.interpreting():
         return "interpreter"
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+        if name not in TABLES:
+            raise NotImplementedError(f"the Triton kernels have blocks for gfx942, this device is {name}")
+        return str(name)
     major, minor = torch.cuda.get_device_capability(device)
-    known = sorted((int(name[3:]) for name in TABLES if name.startswith("sm_")), reverse=True)
-    for number in known:
-        if number <= major * 10 + minor:
-            return f"sm_{number}"
-    raise NotImplementedError(f"the Triton kernels need sm_{known[-1]} or newer, this device is sm_{major}{minor}")
+    if major < 8:
+        raise NotImplementedError(f"the Triton kernels need sm_80 or newer, this device is sm_{major}{minor}")
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
 def config(kernel: str, key: str, device: torch.device) -> Config:
@@ -175,7 +183,7 @@ def lookup(arch: str, kernel: str, key: str) -> Config:
     table = TABLES[SAME_AS.get(arch, arch)][kernel]
     size, _, dtype = key.partition("/")
     above = str(max(1 << (int(size) - 1).bit_length(), WIDTHS[0])) if size.isdigit() else ""
-    for name in (key, f"{above}/{dtype}", dtype, size, above, ""):
+    for name in (key, f"{above}/{dtype}" if dtype else above, dtype or size, size, above, ""):
         if name in table:
             return table[name]
     raise KeyError(f"no blocks for {kernel} {key!r} on {arch}")

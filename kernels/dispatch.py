@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 Backend = Literal["triton", "torch"]
 DenseForm = Literal["portable", "tma", "specialized"]
@@ -87,7 +88,12 @@ def eager(tensor: Tensor, backend: Backend) -> bool:
     An ``autograd.Function`` over the reference is called for a tenth of a registered op's price, and may keep for its
     backward pass what the registered schema has no place for.  Both give the same numbers.
     """
-    return backend == "torch" and not tensor.is_cuda and not torch.compiler.is_compiling()
+    return backend == "torch" and not tensor.is_cuda and not traced(tensor)
+
+
+def traced(tensor: Tensor) -> bool:
+    """Whether this tensor has a shape only, or its operations are being recorded by torch.compile."""
+    return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
 
 
 def has_triton() -> bool:

@@ -41,7 +41,7 @@ def attention(
         q_slots: [T] int32 or int64, with causal only: the index in S of each query's own token, rising within each
             sequence.  This is what context parallelism gives: local queries, gathered keys, and
             ``PackedBatch.slots``.
-        cu_seqlens_q_list, cu_seqlens_k_list: the same numbers on the host; they are then checked, at no cost.
+        cu_seqlens_q_list, cu_seqlens_k_list: the same numbers on the host; without them, the device is waited for.
 
     Returns:
         out, shaped and typed as q_THD, and lse [H, T] fp32 (dense: [B, H, T]): the natural log of the sum of

@@ -1,8 +1,8 @@
-"""Attention in plain torch: the CPU path, and what the Triton kernels are compared with.
+"""Attention in torch: the CPU path, and what the Triton kernels are compared with.
 
-Each sequence becomes one or more tiles; tiles of one shape go through torch's fused CPU attention together, so no
-[T, T] mask and no [T, T] score matrix ever exists.  Only context parallelism and windows need masks, and those are of
-``MASK_ROWS`` queries at a time.
+Each sequence becomes one or more tiles; tiles of one shape go through torch's fused CPU attention together (on another
+device, through ``plain``), so no [T, T] mask and no [T, T] score matrix ever exists.  Only context parallelism and
+windows need masks, and those are of ``MASK_ROWS`` queries at a time.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.attention import plain
+
 MASK_ROWS = 256  # queries a masked tile holds at most
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclass(frozen=True)
@@ -79,17 +81,17 @@ def _masked_tiles(q0: int, k0: int, positions: Sequence[int], window: int) -> li
     return found
 
 
-def _mask(tile: Tile, window: int, dtype: torch.dtype) -> Tensor | None:
+def _mask(tile: Tile, window: int, like: Tensor) -> Tensor | None:
     if tile.positions is None:
         return None
-    position = torch.tensor(tile.positions)[:, None]
-    key = torch.arange(tile.num_k)[None, :]
+    position = torch.tensor(tile.positions, device=like.device)[:, None]
+    key = torch.arange(tile.num_k, device=like.device)[None, :]
     hidden = key > position
     if window:
         hidden |= key <= position - window
     if not bool(hidden.any()):
         return None
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)[None, None]
+    return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)[None, None]
 
 
 def _stack(x_THD: Tensor, starts: list[int], length: int) -> Tensor:
@@ -148,7 +150,8 @@ def forward(
     groups = _groups(tiles(ends_q, ends_k, slots, causal, window))
     if len(groups) == 1 and groups[0].fills(num_q, k_SKD.shape[0]):
         part, part_lse = _forward_group(q_THD, k_SKD, v_SKD, groups[0], scale, window)
-        return part.transpose(1, 2).reshape(q_THD.shape), part_lse.transpose(0, 1).reshape(num_heads, num_q)
+        lse = part_lse.transpose(0, 1).reshape(num_heads, num_q)
+        return part.transpose(1, 2).reshape(q_THD.shape), lse.contiguous()
     out = torch.zeros(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     lse_dtype = torch.float64 if q_THD.dtype == torch.float64 else torch.float32
     lse = torch.full((num_heads, num_q), -torch.inf, dtype=lse_dtype, device=q_THD.device)
@@ -163,13 +166,14 @@ def forward(
 def _forward_group(q: Tensor, k: Tensor, v: Tensor, group: Group, scale: float, window: int) -> tuple[Tensor, Tensor]:
     """Output [tiles, H, queries, D] and log-sum-exp [tiles, H, queries]."""
     like = group.like
-    part, part_lse = _forward(
+    form = _fused_forward if q.device.type == "cpu" else plain.forward
+    part, part_lse = form(
         _stack(q, group.starts_q, like.num_q),
         _stack(k, group.starts_k, like.num_k),
         _stack(v, group.starts_k, like.num_k),
         0.0,
         like.causal,
-        attn_mask=_mask(like, window, q.dtype),
+        attn_mask=_mask(like, window, q),
         scale=scale,
     )
     return part, part_lse
@@ -223,7 +227,8 @@ def _backward_group(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of each tile's q, k and v, [tiles, heads, length, D]."""
     like, starts_q, starts_k = group.like, group.starts_q, group.starts_k
-    parts: tuple[Tensor, Tensor, Tensor] = _backward(
+    form = _fused_backward if q.device.type == "cpu" else plain.backward
+    parts: tuple[Tensor, Tensor, Tensor] = form(
         _stack(dout, starts_q, like.num_q),
         _stack(q, starts_q, like.num_q),
         _stack(k, starts_k, like.num_k),
@@ -232,7 +237,7 @@ def _backward_group(
         torch.stack([lse_HT[:, start : start + like.num_q] for start in starts_q]),
         0.0,
         like.causal,
-        attn_mask=_mask(like, window, q.dtype),
+        attn_mask=_mask(like, window, q),
         scale=scale,
     )
     return parts

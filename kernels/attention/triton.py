@@ -21,6 +21,7 @@ from kernels.dispatch import Registry, launch
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 MAX_HEAD_DIM = 256
+WIDE_FROM = 1 << 31  # numbers in a tensor from which offsets take 64 bits: they cost registers
 SLOT_CHUNK = 256  # query slots the dK/dV kernel counts at once
 
 
@@ -89,14 +90,15 @@ def _visible(position, key, num_k, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
 def _forward_keys(
     acc, total, highest, q, k_ptr, v_ptr, stride_k, stride_v, low, high, position, num_k, scale,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One pass of the online softmax (Milakov and Gimelshein 2018) over keys [low, high)."""
     dim = tl.arange(0, BD)
     for start in tl.range(low, high, BN):
         key = start + tl.arange(0, BN)
-        k_place = k_ptr + key[None, :] * stride_k + dim[:, None]
-        v_place = v_ptr + key[:, None] * stride_v + dim[None, :]
+        at = key.to(tl.int64) if WIDE else key
+        k_place = k_ptr + at[None, :] * stride_k + dim[:, None]
+        v_place = v_ptr + at[:, None] * stride_v + dim[None, :]
         if MASKED:
             k = tl.load(k_place, mask=tl.trans(_inside(key, num_k, dim, D, BD)), other=0.0)
         elif BD != D:
@@ -129,12 +131,12 @@ def attention_forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, ends_q_ptr, ends_k_ptr, slot_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, num_sequences, num_tokens, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, HAS_SLOTS: tl.constexpr, SEQUENCES: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, HAS_SLOTS: tl.constexpr, SEQUENCES: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0)
+    head = tl.program_id(0) % HEADS
     # Later tiles of a causal sequence see more keys: they start first.
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // HEADS
     sequence, block = _find_tile(ends_q_ptr, num_sequences, tile, BM, SEQUENCES)
     if sequence >= num_sequences:
         return
@@ -159,11 +161,11 @@ def attention_forward(
     highest = tl.full((BM,), -float("inf"), tl.float32)
     acc, total, highest = _forward_keys(
         acc, total, highest, q, k_base, v_base, stride_kt, stride_vt, low, full, position, num_k, scale * LOG2E,
-        D, BD, BN, CAUSAL, WINDOW, False, PRECISION,
+        D, BD, BN, CAUSAL, WINDOW, False, WIDE, PRECISION,
     )  # fmt: skip
     acc, total, highest = _forward_keys(
         acc, total, highest, q, k_base, v_base, stride_kt, stride_vt, full, high, position, num_k, scale * LOG2E,
-        D, BD, BN, CAUSAL, WINDOW, True, PRECISION,
+        D, BD, BN, CAUSAL, WINDOW, True, WIDE, PRECISION,
     )  # fmt: skip
     lse = (highest + tl.math.log2(total)) * LN2
     out = acc / tl.where(total > 0.0, total, 1.0)[:, None]
@@ -231,15 +233,16 @@ def _backward_queries(
     dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, slot_ptr, stride_q, stride_do, low, high, num_q, shift, k_start,
     key, num_k, scale,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    HAS_SLOTS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what queries [low, high) of one head give to dK and dV of a tile of keys."""
     dim = tl.arange(0, BD)
     for start in tl.range(low, high, BM):
         row = start + tl.arange(0, BM)
         inside = _inside(row, num_q, dim, D, BD)
-        q = tl.load(q_ptr + row[:, None] * stride_q + dim[None, :], mask=inside, other=0.0)
-        dout = tl.load(dout_ptr + row[:, None] * stride_do + dim[None, :], mask=inside, other=0.0)
+        at = row.to(tl.int64) if WIDE else row
+        q = tl.load(q_ptr + at[:, None] * stride_q + dim[None, :], mask=inside, other=0.0)
+        dout = tl.load(dout_ptr + at[:, None] * stride_do + dim[None, :], mask=inside, other=0.0)
         lse = tl.load(lse_ptr + row, mask=row < num_q, other=0.0)
         delta = tl.load(delta_ptr + row, mask=row < num_q, other=0.0)
         score = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
@@ -264,10 +267,10 @@ def attention_dkdv(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, num_sequences, num_tokens, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, HAS_SLOTS: tl.constexpr, SEQUENCES: tl.constexpr, CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    kv_head = tl.program_id(0)
-    sequence, block = _find_tile(ends_k_ptr, num_sequences, tl.program_id(1), BN, SEQUENCES)
+    kv_head = tl.program_id(0) % (HEADS // GROUP)
+    sequence, block = _find_tile(ends_k_ptr, num_sequences, tl.program_id(0) // (HEADS // GROUP), BN, SEQUENCES)
     if sequence >= num_sequences:
         return
     q_start = tl.load(ends_q_ptr + sequence)
@@ -279,12 +282,12 @@ def attention_dkdv(
     dim = tl.arange(0, BD)
     inside = _inside(key, num_k, dim, D, BD)
     token = (k_start + key).to(tl.int64)
-    k = tl.load(k_ptr + token[:, None] * stride_kt + kv_head * stride_kh + dim[None, :], mask=inside, other=0.0)
-    v = tl.load(v_ptr + token[:, None] * stride_vt + kv_head * stride_vh + dim[None, :], mask=inside, other=0.0)
     low, full, high = _query_range(
         slot_ptr, q_start, k_start, num_q, shift, block * BN, tl.minimum(block * BN + BN, num_k) - 1,
         CAUSAL, WINDOW, HAS_SLOTS, BM, CHUNK,
     )  # fmt: skip
+    k = tl.load(k_ptr + token[:, None] * stride_kt + kv_head * stride_kh + dim[None, :], mask=inside, other=0.0)
+    v = tl.load(v_ptr + token[:, None] * stride_vt + kv_head * stride_vh + dim[None, :], mask=inside, other=0.0)
     dk = tl.zeros((BN, BD), tl.float32)
     dv = tl.zeros((BN, BD), tl.float32)
     first_q = q_start.to(tl.int64)
@@ -297,12 +300,12 @@ def attention_dkdv(
             dk, dv = _backward_queries(
                 dk, dv, k, v, q_base, dout_base, lse_ptr + rows, delta_ptr + rows, slot_ptr + first_q, stride_qt,
                 HEADS * D, low, tl.minimum(full, high), num_q, shift, k_start, key, num_k, scale,
-                D, BD, BM, CAUSAL, WINDOW, HAS_SLOTS, True, PRECISION,
+                D, BD, BM, CAUSAL, WINDOW, HAS_SLOTS, True, WIDE, PRECISION,
             )  # fmt: skip
         dk, dv = _backward_queries(
             dk, dv, k, v, q_base, dout_base, lse_ptr + rows, delta_ptr + rows, slot_ptr + first_q, stride_qt,
             HEADS * D, full, high, num_q, shift, k_start, key, num_k, scale,
-            D, BD, BM, CAUSAL, WINDOW, HAS_SLOTS, False, PRECISION,
+            D, BD, BM, CAUSAL, WINDOW, HAS_SLOTS, False, WIDE, PRECISION,
         )  # fmt: skip
     place = (token[:, None] * (HEADS // GROUP) + kv_head) * D + dim[None, :]
     tl.store(dk_ptr + place, (dk * scale).to(dk_ptr.dtype.element_ty), mask=inside)
@@ -313,15 +316,16 @@ def attention_dkdv(
 def _backward_keys(
     dq, q, dout, lse, delta, k_ptr, v_ptr, stride_k, stride_v, low, high, position, num_k, scale,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what keys [low, high) give to dQ of a tile of queries."""
     dim = tl.arange(0, BD)
     for start in tl.range(low, high, BN):
         key = start + tl.arange(0, BN)
         there = _inside(key, num_k, dim, D, BD)
-        k = tl.load(k_ptr + key[:, None] * stride_k + dim[None, :], mask=there, other=0.0)
-        v = tl.load(v_ptr + key[:, None] * stride_v + dim[None, :], mask=there, other=0.0)
+        at = key.to(tl.int64) if WIDE else key
+        k = tl.load(k_ptr + at[:, None] * stride_k + dim[None, :], mask=there, other=0.0)
+        v = tl.load(v_ptr + at[:, None] * stride_v + dim[None, :], mask=there, other=0.0)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         weight = tl.math.exp2(score - lse[:, None])
         if MASKED:
@@ -336,11 +340,11 @@ def attention_dq(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, ends_q_ptr, ends_k_ptr, slot_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, num_sequences, num_tokens, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, HAS_SLOTS: tl.constexpr, SEQUENCES: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, HAS_SLOTS: tl.constexpr, SEQUENCES: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0)
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    head = tl.program_id(0) % HEADS
+    tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // HEADS
     sequence, block = _find_tile(ends_q_ptr, num_sequences, tile, BM, SEQUENCES)
     if sequence >= num_sequences:
         return
@@ -368,11 +372,11 @@ def attention_dq(
     dq = tl.zeros((BM, BD), tl.float32)
     dq = _backward_keys(
         dq, q, dout, lse, delta, k_base, v_base, stride_kt, stride_vt, low, full, position, num_k, scale,
-        D, BD, BN, CAUSAL, WINDOW, False, PRECISION,
+        D, BD, BN, CAUSAL, WINDOW, False, WIDE, PRECISION,
     )  # fmt: skip
     dq = _backward_keys(
         dq, q, dout, lse, delta, k_base, v_base, stride_kt, stride_vt, full, high, position, num_k, scale,
-        D, BD, BN, CAUSAL, WINDOW, True, PRECISION,
+        D, BD, BN, CAUSAL, WINDOW, True, WIDE, PRECISION,
     )  # fmt: skip
     tl.store(dq_ptr + place, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside)
 
@@ -380,7 +384,7 @@ def attention_dq(
 @triton.jit
 def decode_split(
     q_ptr, k_ptr, v_ptr, length_ptr, part_ptr, lse_ptr, stride_qr, stride_qh, stride_kr, stride_ks, stride_kh,
-    stride_vr, stride_vs, stride_vh, num_splits, scale,
+    stride_vr, stride_vs, stride_vh, num_splits, capacity, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, MEMBERS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     WINDOW: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -388,7 +392,7 @@ def decode_split(
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    num_k = tl.load(length_ptr + row).to(tl.int32)
+    num_k = tl.minimum(tl.load(length_ptr + row), capacity).to(tl.int32)  # never read the next row's cache
     member = tl.arange(0, MEMBERS)
     dim = tl.arange(0, BD)
     inside = _inside(member, GROUP, dim, D, BD)
@@ -404,7 +408,7 @@ def decode_split(
         acc, total, highest, q, k_ptr + row * stride_kr + kv_head * stride_kh,
         v_ptr + row * stride_vr + kv_head * stride_vh, stride_ks, stride_vs, low,
         tl.minimum(split * CHUNK + CHUNK, num_k), tl.full((MEMBERS,), 0, tl.int32) + num_k - 1, num_k, scale * LOG2E,
-        D, BD, BN, False, WINDOW, True, PRECISION,
+        D, BD, BN, False, WINDOW, True, False, PRECISION,
     )  # fmt: skip
     place = (row * (KV_HEADS * GROUP) + head) * num_splits + split
     tl.store(
@@ -459,7 +463,9 @@ def _equal(ends: Sequence[int] | None) -> bool:
     return ends is not None and len(ends) > 1 and len({b - a for a, b in itertools.pairwise(ends)}) == 1
 
 
-def _meta(q: Tensor, k: Tensor, cu_q: Tensor, slots: Tensor | None, causal: bool, window: int) -> dict[str, object]:
+def _meta(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, slots: Tensor | None, causal: bool, window: int
+) -> dict[str, object]:
     dim = q.shape[2]
     return {
         "HEADS": q.shape[1],
@@ -470,6 +476,7 @@ def _meta(q: Tensor, k: Tensor, cu_q: Tensor, slots: Tensor | None, causal: bool
         "WINDOW": window,
         "HAS_SLOTS": slots is not None,
         "SEQUENCES": max(16, triton.next_power_of_2(cu_q.shape[0] - 1)),
+        "WIDE": max(x.shape[0] * max(x.stride(0), x.shape[1] * dim) for x in (q, k, v)) >= WIDE_FROM,
         "PRECISION": _precision(q),
     }
 
@@ -499,6 +506,7 @@ def forward(
     """out [T, H, D] and lse [H, T]; the arguments of ``zj::attention``."""
     _check(q, k, v)
     q, k, v = _unit(q), _unit(k), _unit(v)
+    cu_q, cu_k, slots = cu_q.contiguous(), cu_k.contiguous(), None if slots is None else slots.contiguous()
     num_tokens, heads, _ = q.shape
     rows = cu_q.shape[0] - 1
     even = Registry.dense != "portable" and slots is None and window == 0 and _equal(ends_q) and _equal(ends_k)
@@ -508,10 +516,10 @@ def forward(
     lse = q.new_empty((heads, num_tokens), dtype=torch.float32)
     config = _table("attention_forward", q)
     launch(
-        attention_forward, (heads, _num_tiles(ends_q, num_tokens, cu_q.shape[0] - 1, config["BM"])),
+        attention_forward, (heads * _num_tiles(ends_q, num_tokens, cu_q.shape[0] - 1, config["BM"]),),
         q, k, v, out, lse, cu_q, cu_k, cu_q if slots is None else slots, q.stride(0), q.stride(1), k.stride(0),
         k.stride(1), v.stride(0), v.stride(1), cu_q.shape[0] - 1, num_tokens, scale,
-        **_meta(q, k, cu_q, slots, causal, window), **config,
+        **_meta(q, k, v, cu_q, slots, causal, window), **config,
     )  # fmt: skip
     return out, lse
 
@@ -534,6 +542,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v: one kernel for delta, one for dK and dV, one for dQ."""
     q, k, v, dout = _unit(q), _unit(k), _unit(v), dout.contiguous()
+    cu_q, cu_k, slots = cu_q.contiguous(), cu_k.contiguous(), None if slots is None else slots.contiguous()
     num_tokens, heads, dim = q.shape
     delta = torch.empty_like(lse)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
@@ -545,16 +554,16 @@ def backward(
     sequences = cu_q.shape[0] - 1
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
     slot = cu_q if slots is None else slots
-    meta = _meta(q, k, cu_q, slots, causal, window)
+    meta = _meta(q, k, v, cu_q, slots, causal, window)
     config = _table("attention_dkdv", q)
     launch(
-        attention_dkdv, (k.shape[1], _num_tiles(ends_k, k.shape[0], sequences, config["BN"])),
+        attention_dkdv, (k.shape[1] * _num_tiles(ends_k, k.shape[0], sequences, config["BN"]),),
         q, k, v, dout, lse, delta, dk, dv, cu_q, cu_k, slot, *strides, sequences, num_tokens, scale,
         CHUNK=SLOT_CHUNK, **meta, **config,
     )  # fmt: skip
     config = _table("attention_dq", q)
     launch(
-        attention_dq, (heads, _num_tiles(ends_q, num_tokens, sequences, config["BM"])),
+        attention_dq, (heads * _num_tiles(ends_q, num_tokens, sequences, config["BM"]),),
         q, k, v, dout, lse, delta, dq, cu_q, cu_k, slot, *strides, sequences, num_tokens, scale, **meta, **config,
     )  # fmt: skip
     return dq, dk, dv
@@ -574,8 +583,9 @@ def decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: 
     launch(
         decode_split, (rows, kv_heads, splits),
         q, k, v, lengths.contiguous(), part, lse, q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3], splits,
-        scale, KV_HEADS=kv_heads, GROUP=heads // kv_heads, MEMBERS=max(16, triton.next_power_of_2(heads // kv_heads)),
-        D=dim, BD=block_dim(dim), WINDOW=window, PRECISION=_precision(q), **config,
+        k.shape[1], scale, KV_HEADS=kv_heads, GROUP=heads // kv_heads,
+        MEMBERS=max(16, triton.next_power_of_2(heads // kv_heads)), D=dim, BD=block_dim(dim), WINDOW=window,
+        PRECISION=_precision(q), **config,
     )  # fmt: skip
     launch(
         decode_combine, (rows * heads,), part, lse, out, splits, D=dim, BD=block_dim(dim),

@@ -32,7 +32,7 @@ def gae(
         gamma: discount a token, 0 .. 1.
         lam: GAE's lambda, 0 .. 1.
         bootstrap_R: [R]: the value after each row's last token; None: 0, the episode ends there.
-        cu_seqlens_list: the same as cu_seqlens on the host: no device synchronisation.
+        cu_seqlens_list: the same as cu_seqlens on the host; without it, its device is waited for.
 
     Returns:
         advantages [T] and returns [T], fp32 (fp64 for fp64).

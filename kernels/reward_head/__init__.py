@@ -44,7 +44,8 @@ def reward_head(
         [R] fp32.  Gradients flow to hidden_TD, weight_D, bias_1 and norm_weight_D.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together.
+        ValueError: shapes, dtypes or devices that do not fit together, or a last token beyond T (to look, it waits
+            for the device).
     """
     arguments.require_float(hidden_TD=hidden_TD, weight_D=weight_D, bias_1=bias_1, norm_weight_D=norm_weight_D)
     arguments.require_integer(last_R=last_R)
@@ -58,6 +59,7 @@ def reward_head(
         arguments.require_shape(bias_1, (1,), "bias_1")
     if norm_weight_D is not None:
         arguments.require_shape(norm_weight_D, (hidden_TD.shape[1],), "norm_weight_D")
+    arguments.require_below(last_R, hidden_TD.shape[0], "last_R")
     backend = dispatch.backend_of(hidden_TD)
     return _reward_head(hidden_TD, last_R, weight_D.reshape(-1), bias_1, norm_weight_D, float(eps), backend)[0]
 

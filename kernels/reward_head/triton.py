@@ -82,7 +82,11 @@ def reward_head_backward(
 
 @triton.jit
 def _softplus(x):
-    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+    small = tl.exp(-tl.abs(x))
+    above = 1.0 + small
+    # log(1 + small) loses what the addition rounds away; this gives it back (Kahan; Goldberg 1991, theorem 4).
+    log1p = tl.where(above == 1.0, small, tl.log(above) * small / tl.where(above == 1.0, 1.0, above - 1.0))
+    return tl.maximum(x, 0.0) + log1p
 
 
 @triton.jit

@@ -117,6 +117,7 @@ def rope_tables(inverse_frequencies_F: Tensor, num_positions: int) -> tuple[Tens
 def _rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
     if dispatch.backend_of(x) == "triton" and x.stride(2) == 1:
         dispatch.triton_form("rope").rotate_into(x, cos, sin, positions, 1.0, x)
+        torch.autograd.graph.increment_version(x)  # who kept x for a backward pass hears of it
         return x
     return x.copy_(reference.rotate(x, cos, sin, positions, 1.0))
 

@@ -44,6 +44,8 @@ def _attention() -> dict[str, Proof]:
         }
     cases |= {
         "strides": partial(prove_attention_strides, FP32),
+        "wide offsets, ragged": partial(prove_attention, (33, 0, 20), BF16, heads=4, kv_heads=2, wide=True),
+        "strides that differ": partial(prove_attention_strides, FP32, apart=True),
         "mqa 8": partial(prove_attention, (20, 13), FP32, heads=8, kv_heads=1),
         "gqa 4 of 8": partial(prove_attention, (19,), FP32, heads=8, kv_heads=2),
         "mha": partial(prove_attention, (35,), FP32, heads=2, kv_heads=2),
@@ -69,10 +71,12 @@ def _attention() -> dict[str, Proof]:
         "specialized bf16": partial(prove_dense, "specialized", 2, 40, 128, BF16),
         "specialized full fp16": partial(prove_dense, "specialized", 2, 21, 128, torch.float16, causal=False),
         "specialized, one odd row": partial(prove_dense, "specialized", 1, 37, 37, BF16, fused=True, dim=128),
+        "specialized full, one odd row": partial(prove_dense, "specialized", 1, 37, 37, BF16, causal=False),
         "a tail in the next row": partial(prove_dense, "specialized", 2, 37, 37, BF16, falls_back=True),
         "decode fp32": partial(prove_decode, (1, 33, 70, 0, 16), FP32),
         "decode bf16": partial(prove_decode, (5, 64, 31), BF16),
         "decode window": partial(prove_decode, (1, 33, 70), FP32, window=20),
+        "decode, a sliced cache": partial(prove_decode, (40, 3, 70), BF16, apart=True),
         "decode 40": partial(prove_decode, (20, 69), BF16, dim=40),
         "decode mqa 80": partial(prove_decode, (20, 69), FP32, heads=8, kv_heads=1, dim=80),
     }
@@ -89,6 +93,7 @@ def _rows(op: str) -> dict[str, Proof]:
                 f"residual {tag}": partial(prove_add_norm, 5, 64, dtype),
                 f"residual, width 100 {tag}": partial(prove_add_norm, 13, 100, dtype),
                 f"strided {tag}": partial(prove_norm, 6, 80, dtype, strided=True),
+                f"residual, strided {tag}": partial(prove_add_norm, 7, 48, dtype, strided=True),
                 f"one row {tag}": partial(prove_norm, 1, 64, dtype),
                 f"tiny numbers {tag}": partial(prove_norm, 3, 64, dtype, size=1e-3),
                 f"width 4096 {tag}": partial(prove_norm, 3, 4096, dtype),
@@ -125,11 +130,12 @@ def _logprob() -> dict[str, Proof]:
             f"large logits {tag}": partial(prove_logprob, 8, 64, 32, dtype, size=5.0),
             f"no entropy {tag}": partial(prove_logprob, 18, 65, 33, dtype, entropy=False),
             f"blocks of one program {tag}": partial(prove_logprob, 19, 200, 40, dtype, programs=4),
+            f"chunks of an odd vocabulary {tag}": partial(prove_logprob, 11, 77, 40, dtype, chunk=24),
         }
     return cases | {
         "all masked": partial(prove_logprob, 5, 40, 32, FP32, masked="all"),
         "one token, one row": partial(prove_logprob, 1, 1, 32, FP32),
-        "strided hidden": partial(prove_logprob, 5, 40, 48, FP32, strided=True),
+        "strided odd hidden and weight": partial(prove_logprob, 5, 40, 48, FP32, strided=True),
     }
 
 
@@ -142,6 +148,10 @@ def _heads(op: str) -> dict[str, Proof]:
                 f"norm and bias {tag}": partial(prove_reward, 5, 37, dtype),
                 f"no norm {tag}": partial(prove_reward, 3, 64, dtype, norm=False),
                 f"no bias {tag}": partial(prove_reward, 2, 50, dtype, bias=False),
+                f"strided, norm {tag}": partial(prove_reward, 4, 45, dtype, strided=True),
+                f"groups far apart {tag}": partial(
+                    prove_ranking, (5, 3), dtype, margin=0.0, centering=0.0, mean=True, apart=8.0
+                ),
                 f"ragged groups {tag}": partial(
                     prove_ranking, (5, 1, 2, 4), dtype, margin=0.0, centering=0.0, mean=True
                 ),

@@ -100,8 +100,12 @@ def prove_attention(
     scale: float | None = None,
     size: float = 1.0,
     shards: int = 0,
+    wide: bool = False,
 ) -> None:
-    """Forward, lse and three gradients; ``shards``: context-parallel pieces, of which the first and last are here."""
+    """Forward, lse and three gradients; ``shards``: context-parallel pieces, of which the first and last are here.
+
+    ``wide``: with the offsets of tensors of more than 2^31 numbers.
+    """
     cu_k = ends(list(lengths_k or lengths))
     cu_q, slots = ends(list(lengths)), None
     if shards:
@@ -123,20 +127,32 @@ def prove_attention(
         out, lse = naive_attention(q, k, v, cu_q, cu_k, causal=causal, window=window, scale=scale, q_slots=slots)
         return out, lse.detach()
 
-    compare(kernel, plain, (q, k, v), dtype)
+    form = dispatch.triton_form("attention")
+    with patch.object(form, "WIDE_FROM", 0 if wide else form.WIDE_FROM):
+        compare(kernel, plain, (q, k, v), dtype)
 
 
-def prove_attention_strides(dtype: torch.dtype) -> None:
-    """q, k and v as slices of one fused projection, which is how a model has them."""
-    cu, fused = ends((33, 20)), normal(53, 4, 64)
+def prove_attention_strides(dtype: torch.dtype, *, apart: bool = False) -> None:
+    """q, k and v as slices of one fused projection; ``apart``: as a model has them after the rotary embedding.
 
-    def kernel(x: Tensor) -> Sequence[Tensor]:
-        return attention(x[:, :2], x[:, 2:3], x[:, 3:], cu.to(DEVICE))[:1]
+    Then k is a tensor of its own and v a slice: their strides differ.  q's last stride is not 1, and cu_seqlens is a
+    column of a table.
+    """
+    cu, inputs = ends((33, 20)), (normal(53, 4, 64), normal(53, 1, 64, seed=1))
 
-    def plain(x: Tensor) -> Sequence[Tensor]:
-        return naive_attention(x[:, :2], x[:, 2:3], x[:, 3:], cu, cu, causal=True)[:1]
+    def split(x: Tensor, *own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if not own:
+            return x[:, :2], x[:, 2:3], x[:, 3:]
+        return x[:, :2].transpose(1, 2).contiguous().transpose(1, 2), own[0], x[:, 3:]
 
-    compare(kernel, plain, (fused,), dtype)
+    def kernel(*given: Tensor) -> Sequence[Tensor]:
+        column = torch.stack((cu, cu), 1).to(DEVICE)[:, 0] if apart else cu.to(DEVICE)
+        return attention(*split(*given), column)[:1]
+
+    def plain(*given: Tensor) -> Sequence[Tensor]:
+        return naive_attention(*split(*given), cu, cu, causal=True)[:1]
+
+    compare(kernel, plain, inputs if apart else inputs[:1], dtype)
 
 
 def prove_dense(
@@ -173,9 +189,12 @@ def prove_dense(
 
 def prove_decode(
     lengths: Sequence[int], dtype: torch.dtype, *, heads: int = 4, kv_heads: int = 2, dim: int = 64,
-    window: int | None = None,
+    window: int | None = None, apart: bool = False,
 ) -> None:  # fmt: skip
-    """Rows of several lengths, one of them empty, against naive attention of each row."""
+    """Rows of several lengths, one of them empty, against naive attention of each row.
+
+    ``apart``: the values' cache is a slice, so its strides are not the keys'.
+    """
     rows, capacity = len(lengths), 70
     inputs = (
         normal(rows, heads, dim),
@@ -184,6 +203,8 @@ def prove_decode(
     )
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
+        if apart:
+            v = torch.nn.functional.pad(v, (0, 0, 1, 1, 3, 2))[:, 3:-2, 1:-1]
         return [decode_attention(q, k, v, torch.tensor(lengths, device=DEVICE), window=window)]
 
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
@@ -230,14 +251,19 @@ def prove_norm(rows: int, width: int, dtype: torch.dtype, *, strided: bool = Fal
     compare(lambda x, w: [rms_norm(cut(x), w, 1e-3)], lambda x, w: [naive_norm(cut(x), w, 1e-3)], (x, weight), dtype)
 
 
-def prove_add_norm(rows: int, width: int, dtype: torch.dtype) -> None:
-    """add_rms_norm: both outputs, all three gradients."""
+def prove_add_norm(rows: int, width: int, dtype: torch.dtype, *, strided: bool = False) -> None:
+    """add_rms_norm: both outputs, all three gradients; ``strided``: the residual is a slice."""
 
     def plain(x: Tensor, residual: Tensor, weight: Tensor) -> Sequence[Tensor]:
         return naive_norm(x + residual, weight, 1e-5), x + residual
 
+    def kernel(x: Tensor, residual: Tensor, weight: Tensor) -> Sequence[Tensor]:
+        if strided:
+            residual = torch.nn.functional.pad(residual, (7, 3))[:, 7:-3]
+        return add_rms_norm(x, residual, weight, 1e-5)
+
     inputs = (normal(rows, width), normal(rows, width, seed=1), normal(width, seed=2))
-    compare(lambda x, r, w: add_rms_norm(x, r, w, 1e-5), plain, inputs, dtype)
+    compare(kernel, plain, inputs, dtype)
 
 
 def prove_swiglu(rows: int, width: int, dtype: torch.dtype, *, strided: bool = False, size: float = 1.0) -> None:
@@ -283,20 +309,24 @@ def prove_rope(tokens: int, heads: int, dim: int, dtype: torch.dtype, *, strided
 def prove_logprob(
     tokens: int, vocab: int, width: int, dtype: torch.dtype, *, temperature: float = 1.0, valid: int | None = None,
     masked: str = "none", size: float = 1.0, entropy: bool = True, strided: bool = False, programs: int = 1056,
+    chunk: int = 8192,
 ) -> None:  # fmt: skip
     """Log-probability, entropy and the gradients of both for hidden and weight; and their bounds.
 
     ``programs``: how many the forward pass aims at; few, and each walks over several blocks of the vocabulary.
+    ``chunk``: rows of the vocabulary whose gradients exist at a time.  ``strided``: hidden and weight are slices.
     """
     rows = vocab if valid is None else valid
     targets = torch.arange(tokens) * 13 % rows
     mask = {"none": None, "some": torch.arange(tokens) % 3 != 1, "all": torch.zeros(tokens, dtype=torch.bool)}[masked]
     hidden = normal(tokens, width * (2 if strided else 1), scale=size / math.sqrt(width))
-    weight = normal(vocab, width, seed=1)
+    weight = normal(vocab, width + (5 if strided else 0), seed=1)
+    form = dispatch.triton_form("linear_logprob")
 
     def kernel(hidden: Tensor, weight: Tensor) -> Sequence[Tensor]:
         device_mask = None if mask is None else mask.to(DEVICE)
-        with patch.object(dispatch.triton_form("linear_logprob"), "PROGRAMS", programs):
+        weight = weight[:, :width]
+        with patch.object(form, "PROGRAMS", programs):
             found = linear_logprob(
                 hidden[:, :width], weight, targets.to(DEVICE), temperature=temperature, valid_rows=valid,
                 mask_T=device_mask, entropy=entropy,
@@ -309,14 +339,15 @@ def prove_logprob(
 
     def plain(hidden: Tensor, weight: Tensor) -> Sequence[Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        logits = (hidden[:, :width] @ weight[:rows].t()).to(wide) / temperature
+        logits = (hidden[:, :width] @ weight[:rows, :width].t()).to(wide) / temperature
         table = torch.log_softmax(logits, -1)
         found = [table.gather(1, targets[:, None]).squeeze(1), -(table.exp() * table).sum(-1)]
         if mask is not None:
             found = [torch.where(mask, x, 0.0) for x in found]
         return found if entropy else found[:1]
 
-    compare(kernel, plain, (hidden, weight), dtype)
+    with patch.object(form, "CHUNK_ROWS", chunk):  # the backward pass reads it, after kernel() has returned
+        compare(kernel, plain, (hidden, weight), dtype)
 
 
 def prove_logprob_shard(dtype: torch.dtype) -> None:
@@ -337,11 +368,13 @@ def prove_logprob_shard(dtype: torch.dtype) -> None:
     compare(kernel, plain, (normal(tokens, 48, scale=0.15), normal(rows, 48, seed=1)), dtype)
 
 
-def prove_reward(rows: int, width: int, dtype: torch.dtype, *, norm: bool = True, bias: bool = True) -> None:
-    """Scores and all their gradients; one row is on another rank."""
+def prove_reward(
+    rows: int, width: int, dtype: torch.dtype, *, norm: bool = True, bias: bool = True, strided: bool = False
+) -> None:
+    """Scores and all their gradients; one row is on another rank; ``strided``: the hidden states are a slice."""
     tokens = 3 * rows + 2
     last = torch.tensor([-1 if row == 1 else 3 * row + row % 2 for row in range(rows)])
-    inputs = [normal(tokens, width), normal(width, seed=1)]
+    inputs = [normal(tokens, width + (9 if strided else 0)), normal(width, seed=1)]
     inputs += [normal(1, seed=2)] if bias else []
     inputs += [normal(width, seed=3)] if norm else []
 
@@ -350,12 +383,12 @@ def prove_reward(rows: int, width: int, dtype: torch.dtype, *, norm: bool = True
 
     def kernel(hidden: Tensor, weight: Tensor, *rest: Tensor) -> Sequence[Tensor]:
         shift, scale = split(rest)
-        return [reward_head(hidden, last.to(DEVICE), weight, shift, norm_weight_D=scale, eps=1e-3)]
+        return [reward_head(hidden[:, :width], last.to(DEVICE), weight, shift, norm_weight_D=scale, eps=1e-3)]
 
     def plain(hidden: Tensor, weight: Tensor, *rest: Tensor) -> Sequence[Tensor]:
         shift, scale = split(rest)
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        picked = hidden[last.clamp(min=0)].to(wide)
+        picked = hidden[last.clamp(min=0), :width].to(wide)
         if scale is not None:
             picked = naive_norm(picked, scale.to(wide), 1e-3)
         found = picked @ weight.to(wide)
@@ -366,8 +399,13 @@ def prove_reward(rows: int, width: int, dtype: torch.dtype, *, norm: bool = True
     compare(kernel, plain, inputs, dtype)
 
 
-def prove_ranking(sizes: Sequence[int], dtype: torch.dtype, *, margin: float, centering: float, mean: bool) -> None:
-    """Loss, counts and gradient over ragged groups with ties, whose rows are not neighbours."""
+def prove_ranking(
+    sizes: Sequence[int], dtype: torch.dtype, *, margin: float, centering: float, mean: bool, apart: float = 0.0
+) -> None:
+    """Loss, counts and gradient over ragged groups with ties, whose rows are not neighbours.
+
+    ``apart``: how much better each rank scores than the next, so that all losses are small.
+    """
     groups = torch.cat([torch.full((size,), 7 * index) for index, size in enumerate(sizes)])
     ranks = torch.cat([torch.arange(size) * 2 // 3 for size in sizes])
     order = torch.randperm(groups.shape[0], generator=torch.Generator().manual_seed(5))
@@ -395,7 +433,8 @@ def prove_ranking(sizes: Sequence[int], dtype: torch.dtype, *, margin: float, ce
             correct.append(sum(1 for j in worse if scores[i] > scores[j]))
         return torch.stack(loss), torch.tensor(pairs), torch.tensor(correct)
 
-    compare(kernel, plain, (normal(groups.shape[0], scale=2.0),), dtype)
+    scores = normal(groups.shape[0], scale=0.1 if apart else 2.0) - apart * ranks
+    compare(kernel, plain, (scores,), dtype)
 
 
 def prove_value(tokens: int, width: int, dtype: torch.dtype, *, bias: bool = True, strided: bool = False) -> None:

@@ -42,6 +42,13 @@ CALLS: dict[str, tuple[object, tuple[object, ...]]] = {
             "torch",
         ),
     ),
+    "attention, equal rows": (
+        OPS.attention.default,
+        (
+            _leaf(6, 4, 8), _leaf(6, 2, 8, seed=1), _leaf(6, 2, 8, seed=2), ends((3, 3)), ends((3, 3)), None, None,
+            None, 0.3, True, 0, "torch",
+        ),
+    ),
     "decode_attention": (
         OPS.decode_attention.default,
         (
@@ -135,6 +142,15 @@ def test_compiled_without_a_graph_break_equals_eager(
         torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-6)
     for have, want in zip(torch.autograd.grad(found[0], inputs), eager_grads, strict=True):
         torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+
+
+def test_shapes_are_known_where_no_numbers_are() -> None:
+    with torch._subclasses.FakeTensorMode():
+        q, k = (torch.empty(7, heads, 8) for heads in (4, 2))
+        out, _ = attention(q, k, k, torch.empty(3, dtype=torch.int32))
+        scores = reward_head(out.flatten(1), torch.empty(3).long(), torch.empty(32))
+        advantages, _ = gae(*(torch.empty(7),) * 2, torch.empty(3, dtype=torch.int32), gamma=1.0, lam=1.0)
+    assert (out.shape, scores.shape, advantages.shape) == (q.shape, (3,), (7,))
 
 
 def test_shapes_on_cuda_are_known_without_a_gpu() -> None:

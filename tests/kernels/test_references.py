@@ -399,6 +399,7 @@ def test_ops_run_on_ranks_without_tokens() -> None:
 
 
 BAD_INPUT = {
+    "a last token beyond the last": lambda: reward_head(torch.zeros(4, 8), torch.tensor([1, 4]), torch.zeros(8)),
     "ends that stop short": lambda: attention(*(torch.zeros(4, 2, 8),) * 3, torch.tensor([0, 3], dtype=torch.int32)),
     "heads that do not divide": lambda: attention(
         torch.zeros(4, 3, 8), torch.zeros(4, 2, 8), torch.zeros(4, 2, 8), ends((4,))

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from kernels import dispatch
 from tests.models.layouts import TINY, Case, compare
 
-# One layer, and heads of 16 channels: the attention kernels take no head so small, so this pads them.
+# One layer; the smallest heads that fill a tile of the attention kernels, 16 channels.
 MODEL = replace(TINY, num_layers=1, hidden_size=64, kernels="triton")
 
 
