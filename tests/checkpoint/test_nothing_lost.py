@@ -31,25 +31,27 @@ def test_the_step_just_saved_is_kept_though_higher_ones_exist(tmp_path: Path) ->
     assert run_ranks(1, _save_lower, tmp_path) == [["step_00000050", "step_00000080", "step_00000100"]]
 
 
-def _no_deleting(folder: Path) -> None:
-    raise OSError(39, "Directory not empty", str(folder))
-
-
-def _save_without_deleting(root: Path) -> list[str]:
-    model = toy(ParallelConfig(), 1)
-    writer = checkpointer(root, keep_last=1)
-    writer.save(1, {"model": model}, {})
+def _save_beside_a_stuck_folder(root: Path) -> list[list[str]]:
+    model, seen = toy(ParallelConfig(), 1), []
+    for step in (1, 2):
+        checkpointer(root).save(step, {"model": model}, {})
     original = retention.shutil.rmtree
-    retention.shutil.rmtree = _no_deleting  # this process is a fork of the test's
-    writer.save(2, {"model": model}, {})
-    retention.shutil.rmtree = original
-    seen = [path.name for path in retention.complete_steps(root).values()]
-    writer.save(3, {"model": model}, {})  # another try
-    return [*seen, *sorted(path.name for path in root.iterdir())]
+
+    def stuck(folder: Path) -> None:
+        if folder.name.endswith("1"):
+            raise OSError(39, "Directory not empty", str(folder))
+        original(folder)
+
+    for step, remove in ((3, stuck), (4, original)):
+        retention.shutil.rmtree = remove  # this process is a fork of the test's
+        checkpointer(root, keep_last=1).save(step, {"model": model}, {})
+        seen.append(sorted(path.name[-1] for path in root.iterdir()))
+    return seen
 
 
-def test_an_old_checkpoint_that_cannot_be_deleted_harms_no_new_one(tmp_path: Path) -> None:
-    assert run_ranks(1, _save_without_deleting, tmp_path) == [["step_00000002", "step_00000003"]]
+def test_a_folder_that_cannot_be_deleted_harms_no_new_checkpoint_and_is_tried_again(tmp_path: Path) -> None:
+    assert run_ranks(1, _save_beside_a_stuck_folder, tmp_path) == [[["1", "3"], ["4"]]]
+    assert newest(tmp_path) == tmp_path / "step_00000004"
 
 
 def _save_with_a_fault_at_the_end(root: Path, name: str) -> tuple[str, list[str]]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import random
 import shutil
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ from megatron_zj.checkpoint.hf import export_hf
 from megatron_zj.checkpoint.load import load
 from megatron_zj.checkpoint.manifest import read_manifest, write_manifest
 from megatron_zj.runtime.metrics import read_metrics
+from tests.helpers.chance import chance
 from tests.helpers.ranks import RankFailure, run_ranks
 from tests.train import stages
 
 GENERATING = ("ppo", "grpo", "rejection")
+KILLS = 13  # of each of the eight stages: 104
 WHERE = ("", "step", "actor.generate", "save")  # any moment, inside a step, inside generation, inside a save
 
 
@@ -60,7 +62,7 @@ def _schedule(stage: str) -> dict[str, int]:
 
 
 def _kill_and_resume(folder: Path, stage: str, run: str, phase: str, pick: random.Random) -> str:
-    """The phases in which a rank died; "" where the run had ended before."""
+    """The phases in which a rank died; "" where the run had ended before, and there is nothing to resume."""
     rank, step, note = pick.randrange(2), pick.randint(1, stages.STEPS), folder / f"{run}.killed"
     whole = float((folder / "seconds" / stage).read_text())
     longest = {"": whole, "step": read_metrics(folder / stage / "metrics.jsonl")[step - 1]["time/step"]}
@@ -70,30 +72,40 @@ def _kill_and_resume(folder: Path, stage: str, run: str, phase: str, pick: rando
     overrides = stages.overrides_of(stage, folder, run)
     with contextlib.suppress(RankFailure):  # a late kill may find the run already done
         run_ranks(2, stages.run_stage, overrides, kill, timeout=120)
+    if not note.exists():
+        return ""
     run_ranks(2, stages.run_stage, overrides, timeout=120)
     _check_equal(folder, stage, run)
-    return note.read_text() if note.exists() else ""
+    return note.read_text()
+
+
+def _kills(folder: Path, stage: str, phases: Sequence[str], count: int, pick: random.Random) -> list[str]:
+    """Draws until ``count`` ranks have really died; where they did."""
+    died: list[str] = []
+    for attempt in range(20 * count):
+        if len(died) < count:
+            phase = phases[len(died) % len(phases)]
+            found = _kill_and_resume(folder, stage, f"{stage}_{phase}_kill{attempt}", phase, pick)
+            died += [found] if found else []
+    assert len(died) == count
+    return died
 
 
 @pytest.mark.parametrize("phase", WHERE, ids=["any moment", "step", "generation", "save"])
 def test_a_kill_at_a_random_moment_changes_no_bit(folder: Path, phase: str) -> None:
-    pick = random.Random(time.time_ns())
+    pick = chance()
     stage = pick.choice(GENERATING if phase == "actor.generate" else list(stages.STAGES))
-    died = _kill_and_resume(folder, stage, f"killed_{phase}", phase, pick)
-    assert died or phase in ("", "step")
+    _kills(folder, stage, [phase], 1, pick)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", stages.STAGES)
 def test_many_kills_at_random_moments_change_no_bit(folder: Path, stage: str) -> None:
-    """13 of each stage, 104 in all; ``pytest -rP`` shows where they died."""
-    pick, died = random.Random(time.time_ns()), []
+    """``pytest -rP`` shows where they died."""
     phases = [phase for phase in WHERE if phase != "actor.generate" or stage in GENERATING]
-    for index, phase in zip(range(13), itertools.cycle(phases), strict=False):
-        died.append(_kill_and_resume(folder, stage, f"{stage}_kill{index}", phase, pick))
-    places = Counter(phases.split(" > ")[-1] or "too late" for phases in died)
+    died = _kills(folder, stage, phases, KILLS, chance())
+    places = Counter(phases.split(" > ")[-1] for phases in died)
     print(f"{stage}: {len(died)} kills; died in " + ", ".join(f"{at} {n}" for at, n in places.most_common()))
-    assert sum(map(bool, died)) >= 6
 
 
 def _split(stage: str) -> dict[str, Any]:
@@ -112,16 +124,25 @@ def _split(stage: str) -> dict[str, Any]:
     ("stage", "first", "then"),
     [
         ("ppo", "data", "split"),
-        ("ppo", "tp2", "pp2"),
+        *((stage, "tp2", "pp2") for stage in ("pretrain", "sft", "reward", "ppo")),
         *(pytest.param("ppo", one, two, marks=pytest.mark.slow) for one, two in (("split", "tp2"), ("pp2", "data"))),
         *(
             pytest.param(s, "data", "split", marks=pytest.mark.slow)
             for s in ("grpo", "rejection", "rejection_filter", "dpo")
         ),
-        *(pytest.param(s, "tp2", "pp2", marks=pytest.mark.slow) for s in stages.STAGES if s != "ppo"),
+        *(
+            pytest.param(s, "tp2", "pp2", marks=pytest.mark.slow)
+            for s in ("grpo", "rejection", "rejection_filter", "dpo")
+        ),
+        *(
+            pytest.param(s, one, two, marks=pytest.mark.slow)
+            for s in ("pretrain", "sft", "reward")
+            for one, two in (("data", "tp2"), ("pp2", "data"))
+        ),
     ],
 )
-def test_a_run_goes_on_under_another_placement(folder: Path, stage: str, first: str, then: str) -> None:
+def test_a_run_goes_on_under_another_layout_within_1e_6(folder: Path, stage: str, first: str, then: str) -> None:
+    """Beside the run that was never stopped, which had the stage's own layout throughout."""
     layouts: dict[str, dict[str, Any]] = {
         "tp2": {"parallel__tp": 2},
         "pp2": {"parallel__pp": 2},
@@ -136,13 +157,16 @@ def test_a_run_goes_on_under_another_placement(folder: Path, stage: str, first: 
         for name, value in theirs.items():
             if name.endswith("pair_accuracy"):
                 continue  # DPO's actor is the reference at first: margins of 0, whose signs are rounding
-            assert mine[name] == pytest.approx(value, rel=1e-4, abs=1e-4), (mine["step"], name)
+            if name.endswith(("loss", "score")):
+                assert abs(mine[name] - value) <= 1e-6, (mine["step"], name)
+            else:  # norms, perplexities; deviations (a difference of squares) and kl (a sum over tokens) near 0
+                assert mine[name] == pytest.approx(value, rel=2e-6, abs=4e-6), (mine["step"], name)
     trained = {"ppo": ("actor", "critic"), "reward": ("model",), "sft": ("model",), "pretrain": ("model",)}
     for role in trained.get(stage, ("actor",)):
         ours, whole = (_weights(folder / one, role) for one in (run, stage))
         for name, tensor in whole.items():
             off = float((ours[name] - tensor).norm() / tensor.norm().clamp(min=1.0))
-            assert off <= 2e-5, (role, name, off)
+            assert off <= 5e-6, (role, name, off)
 
 
 def _weights(run: Path, role: str) -> dict[str, torch.Tensor]:
