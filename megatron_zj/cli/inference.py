@@ -188,11 +188,11 @@ class LoadedModel:
 
     def _batch(self, rows: Sequence[Sequence[int]], sample_ids: torch.Tensor) -> WorldBatch:
         tokens = Rows.of([torch.tensor(row, dtype=torch.int64) for row in rows], torch.int64)
-        longest = max((len(row) for row in rows), default=0)
-        if longest > self.info.model.max_position_embeddings:
+        longest = max(rows, key=len, default=())
+        if len(longest) > self.info.model.max_position_embeddings:
             raise ValueError(
-                f"a row of {longest} tokens is longer than the model's {self.info.model.max_position_embeddings} "
-                "positions; shorten it, or leave it out"
+                f"a row of {len(longest)} tokens ({self.text(longest)[:_SHOWN]!r} ...) is longer than the model's "
+                f"{self.info.model.max_position_embeddings} positions; shorten it, or leave it out"
             )
         return WorldBatch.gather(Batch(tokens, {}, {"sample_id": sample_ids}))
 

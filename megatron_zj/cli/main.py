@@ -102,9 +102,13 @@ def _runtime() -> ModuleType:
 
 
 def _is_users(error: BaseException) -> bool:
-    """Errors that say what to change: our own types, bad values, and what the file system answers."""
+    """Errors that say what to change: our own types, bad values, what the file system answers, and no memory."""
     ours = type(error).__module__.split(".")[0] == "megatron_zj"  # not __name__, which python -m changes
-    return ours or isinstance(error, ValueError | OSError)
+    return ours or isinstance(error, ValueError | OSError | MemoryError) or _is_gpu_memory(error)
+
+
+def _is_gpu_memory(error: BaseException) -> bool:
+    return type(error).__name__ == "OutOfMemoryError"  # torch's, which need not have been imported
 
 
 def _message(error: BaseException) -> str:
@@ -113,6 +117,9 @@ def _message(error: BaseException) -> str:
         lines = [f"{error.filename}: {error.strerror}"]
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         lines.append("free some space, or set run.dir to another disk; the checkpoints saved before are complete")
+    if isinstance(error, MemoryError) or _is_gpu_memory(error):
+        lines = ["out of memory", *lines]
+        lines.append("lower engine.micro_batch_tokens, set engine.recompute, or use more ranks; zj check estimates it")
     if len(lines) > _MAX_LINES:
         lines = [*lines[:_MAX_LINES], f"... {len(lines) - _MAX_LINES} more lines"]
     first, rest = lines[0], "".join(f"  {line}\n" for line in lines[1:])

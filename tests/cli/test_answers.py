@@ -193,6 +193,15 @@ def test_a_checkpoint_without_a_tokenizer_takes_the_one_that_is_named_and_only_t
         assert complaint in other.error
 
 
+def test_a_question_without_room_is_shown(world: Path) -> None:
+    path = world / "long.csv"
+    path.write_text(f"Question,A,B,Answer\n{'头痛' * 600},休息,就医,A\n", encoding="utf-8")
+    outcome = zj(["evaluate", *_asks(world, "long", suites="[exam]", data__files=f"[{path}]")])
+    assert outcome.code == 1
+    assert "tokens (':头痛头痛头痛" in outcome.error
+    assert "is longer than the model's 512 positions; shorten it, or leave it out" in outcome.error
+
+
 def test_a_folder_stands_for_its_files_and_a_bad_record_is_left_out_and_told(world: Path) -> None:
     folder = world / "questions"
     folder.mkdir()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from megatron_zj.cli import main as cli
@@ -66,6 +67,17 @@ def test_an_error_of_the_users_is_one_message_without_a_traceback(
     assert shown.endswith("\n(add --debug for the traceback)\n")
     assert cli.guarded(fail, ["--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("cannot allocate 3 GiB"), torch.cuda.OutOfMemoryError("CUDA: tried to allocate 3 GiB")]
+)
+def test_want_of_memory_says_what_to_lower(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.guarded(fails_with(error), []) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: out of memory\n")
+    assert "allocate 3 GiB" in shown
+    assert "lower engine.micro_batch_tokens" in shown
 
 
 def test_under_python_m_too_our_own_error_is_the_users(
