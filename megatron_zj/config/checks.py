@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_zj.config.algorithm import RewardConfig
+from megatron_zj.config.algorithm import DPOConfig, RewardConfig
 from megatron_zj.config.data import CorpusConfig, PromptsConfig
 from megatron_zj.config.derived import (
     ALL,
@@ -187,7 +187,13 @@ def _engines(config: RunConfig, blocks: list[Block]) -> Iterator[Finding]:
                 yield Finding(key=f"{key}.precision", message="model.fp8 needs bf16 or fp16")
             if engine.precision == "fp16" and config.run.device == "cpu":
                 yield Finding(level="note", key=f"{key}.precision", message="fp16 on a CPU is slow; fp32 is faster")
-    if config.model.dropout > 0:
+    if config.model.dropout > 0 and isinstance(config.algorithm, DPOConfig):
+        yield Finding(
+            key="model.dropout",
+            message="algorithm=dpo takes its loss's derivative at log-probabilities without dropout, so a step with "
+            "dropout would follow another gradient; set it to 0",
+        )
+    elif config.model.dropout > 0:
         yield Finding(
             level="note",
             key="model.dropout",

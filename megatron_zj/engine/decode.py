@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,8 @@ from kernels.swiglu import swiglu
 from megatron_zj.engine.decode_graphs import CudaGraph, Graph, StepGraphs, why_eager
 from megatron_zj.engine.engine import Engine
 from megatron_zj.models.rotary import rotary_frequencies
+
+_WIDE_ROWS = 4096  # of the output matrix, cast to fp32 at once
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Decoder:
 
     def pad_steps(self, new_graph: Callable[[], Graph] | None) -> None:
         """Run steps in buckets of rows, through graphs made by ``new_graph`` (None: without)."""
-        self._padded = StepGraphs(self._keys.shape[1], self.device, self._padded_step, new_graph)
+        self._padded = StepGraphs(self._keys.shape[1], self.device, new_graph)
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
@@ -79,18 +81,22 @@ class Decoder:
             yield
 
     def prefill(self, slots: Sequence[int], prompts: Sequence[Tensor]) -> Tensor | None:
-        """Run new rows' prompts into ``slots``; logits [rows, vocabulary] on the last stage, None elsewhere."""
-        lengths = [len(prompt) for prompt in prompts]
-        ends = [0]
-        for slot, length in zip(slots, lengths, strict=True):
-            ends.append(ends[-1] + length)
-            self._lengths[slot:] = [length]
-        tokens_T = torch.cat([prompt.to(self.device) for prompt in prompts])
-        step = _Prefill(self, list(slots), ends)
-        hidden_TD = self._run(tokens_T, step)
-        if hidden_TD is None:
-            return None
-        return self._logits(hidden_TD[torch.tensor(ends[1:], device=self.device) - 1])
+        """Run new rows' prompts into ``slots``; logits [rows, vocabulary] on the last stage, None elsewhere.
+
+        At most ``engine.micro_batch_tokens`` at once, and at least a row.
+        """
+        for slot, prompt in zip(slots, prompts, strict=True):
+            self._lengths[slot:] = [len(prompt)]
+        lasts: list[Tensor] = []
+        first = 0
+        for end in _cuts([len(prompt) for prompt in prompts], self.engine.config.micro_batch_tokens):
+            ends = [0, *accumulate(len(prompt) for prompt in prompts[first:end])]
+            tokens_T = torch.cat([prompt.to(self.device) for prompt in prompts[first:end]])
+            hidden_TD = self._run(tokens_T, _Prefill(self, list(slots[first:end]), ends))
+            if hidden_TD is not None:
+                lasts.append(hidden_TD[torch.tensor(ends[1:], device=self.device) - 1])
+            first = end
+        return self._logits(torch.cat(lasts)) if lasts else None
 
     def decode(self, tokens_B: Tensor) -> Tensor | None:
         """Append one token to every active row; logits [B, vocabulary] on the last stage, None elsewhere."""
@@ -98,7 +104,7 @@ class Decoder:
             raise ValueError(f"{len(tokens_B)} tokens for {len(self._lengths)} active rows")
         lengths, self._lengths = self._lengths, [length + 1 for length in self._lengths]
         if self._padded is not None:
-            return self._padded.run(tokens_B, lengths)
+            return self._padded.run(self._padded_step, tokens_B, lengths)
         longest = max(lengths) + 1
         step = _Step(self, torch.tensor(lengths, device=self.device), longest, ragged=min(lengths) + 1 < longest)
         hidden_BD = self._run(tokens_B.to(self.device), step)
@@ -176,7 +182,7 @@ class Decoder:
         hidden_BD = rms_norm(hidden_BD, stage.decoder.final_layernorm.weight, self.model.norm_eps)
         tied = stage.share_embeddings_and_output_weights
         weight = stage.shared_embedding_or_output_weight() if tied else stage.output_layer.weight
-        logits_BV = F.linear(hidden_BD, weight).float()
+        logits_BV = _product(hidden_BD, weight)
         if self.groups.tp_size > 1:
             parts = [torch.empty_like(logits_BV) for _ in range(self.groups.tp_size)]
             dist.all_gather(parts, logits_BV.contiguous(), group=self.groups.pgc.tp)
@@ -199,6 +205,27 @@ class Decoder:
         hidden_TD = torch.empty((num_tokens, self.model.hidden_size), dtype=self.dtype, device=self.device)
         dist.recv(hidden_TD, self._neighbour(-1), group=self.groups.pgc.pp)
         return hidden_TD
+
+
+def _product(hidden_BD: Tensor, weight_VD: Tensor) -> Tensor:
+    """Logits [B, V] fp32, as ``linear_logprob`` has them in training: never rounded to the operands' type."""
+    if hidden_BD.dtype == torch.float32:
+        return F.linear(hidden_BD, weight_VD)
+    if hidden_BD.is_cuda:
+        return torch.mm(hidden_BD, weight_VD.t(), out_dtype=torch.float32)
+    wide_BD = hidden_BD.float()
+    return torch.cat([F.linear(wide_BD, rows.float()) for rows in weight_VD.split(_WIDE_ROWS)], -1)
+
+
+def _cuts(lengths: Sequence[int], budget: int) -> list[int]:
+    """Where runs of rows end that have at most ``budget`` tokens each, or one row."""
+    ends, tokens = [], 0
+    for at, length in enumerate(lengths):
+        if at and tokens + length > budget:
+            ends.append(at)
+            tokens = 0
+        tokens += length
+    return [*ends, len(lengths)]
 
 
 class _Prefill:

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from megatron_zj.parallel.groups import ParallelGroups
 
+Step = Callable[[Tensor, Tensor], Tensor]  # tokens [rows] and their positions [rows] to logits [rows, V]
+
 
 class Graph(Protocol):
     """Recorded work."""
@@ -59,33 +61,31 @@ def why_eager(groups: ParallelGroups, weight: Tensor) -> str | None:
 class StepGraphs:
     """Runs decoding steps of up to ``max_rows`` rows through graphs.  Lives as long as the memory its steps touch."""
 
-    def __init__(
-        self,
-        max_rows: int,
-        device: torch.device,
-        step: Callable[[Tensor, Tensor], Tensor],
-        new_graph: Callable[[], Graph] | None = CudaGraph,
-    ) -> None:
-        """``step``: tokens [rows] and their positions [rows] to logits [rows, V].  ``new_graph`` None: only pad."""
-        self._max_rows, self._step, self._new_graph = max_rows, step, new_graph
+    def __init__(self, max_rows: int, device: torch.device, new_graph: Callable[[], Graph] | None = CudaGraph) -> None:
+        """``new_graph`` None: only pad."""
+        self._max_rows, self._new_graph = max_rows, new_graph
         self._tokens = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._positions = torch.zeros_like(self._tokens)
         self._warm: set[int] = set()
         self._captured: dict[int, tuple[Graph, Tensor]] = {}
 
-    def run(self, tokens_B: Tensor, positions: Sequence[int]) -> Tensor:
-        """Logits [B, V], in memory that the next step of the same bucket overwrites."""
+    def run(self, step: Step, tokens_B: Tensor, positions: Sequence[int]) -> Tensor:
+        """Logits [B, V], in memory that the next step of the same bucket overwrites.
+
+        ``step``: the same work at each call.  It is not kept: it knows the owner of these graphs, and a cycle would
+        keep cache and graphs in memory until the garbage collector happens to come.
+        """
         rows = len(positions)
         bucket = bucket_of(rows, self._max_rows)
         self._tokens[:rows].copy_(tokens_B)
         self._positions[:rows].copy_(torch.tensor(positions))
         self._tokens[rows:bucket] = 0
         self._positions[rows:bucket] = 0
-        return self._logits(bucket)[:rows]
+        return self._logits(step, bucket)[:rows]
 
-    def _logits(self, bucket: int) -> Tensor:
+    def _logits(self, step: Step, bucket: int) -> Tensor:
         def work() -> Tensor:
-            return self._step(self._tokens[:bucket], self._positions[:bucket])
+            return step(self._tokens[:bucket], self._positions[:bucket])
 
         if self._new_graph is None or bucket not in self._warm:
             self._warm.add(bucket)

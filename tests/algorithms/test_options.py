@@ -14,12 +14,16 @@ from megatron_zj.algorithms import functional as f
 from megatron_zj.algorithms.controllers import KLController, RunningMoments
 from megatron_zj.algorithms.experience import ParityError, minibatches, require_parity
 from megatron_zj.algorithms.health import CHECKS, Health, HealthError
+from megatron_zj.algorithms.objectives import PolicyObjective
 from megatron_zj.algorithms.rules import RULES, Answer, chosen_rules
 from megatron_zj.algorithms.shaping import ScoreError, ScoreScale, Shaping
 from megatron_zj.config.algorithm import GRPOConfig, ParityConfig, PPOConfig, RejectionConfig, SamplingConfig
+from megatron_zj.config.checks import check
 from megatron_zj.config.health import HealthConfig
-from megatron_zj.config.loader import ConfigError
+from megatron_zj.config.loader import ConfigError, load
+from megatron_zj.config.run import RunConfig
 from megatron_zj.data.batch import Batch, Rows
+from megatron_zj.data.packing import pack
 from megatron_zj.roles.world import WorldBatch
 from tests.helpers.ranks import run_ranks
 
@@ -38,15 +42,24 @@ def test_kl_estimators_have_the_expectation_they_claim() -> None:
     assert float(found["k3"].min()) >= 0 > float(found["k1"].min())
 
 
-@pytest.mark.parametrize(("estimator", "right"), [("k1", False), ("k2", True)])
-def test_in_a_loss_k2_has_the_gradient_of_the_kl_and_k1_has_none(estimator: Any, right: bool) -> None:
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
+def test_whose_gradient_each_estimator_has_in_a_loss(estimator: Any) -> None:
     logits = torch.randn(9, generator=torch.Generator().manual_seed(2), dtype=torch.float64).requires_grad_()
     reference = torch.randn(9, generator=torch.Generator().manual_seed(3), dtype=torch.float64).log_softmax(0)
     policy = logits.log_softmax(0)
-    (truth,) = torch.autograd.grad((policy.exp() * (policy - reference)).sum(), logits, retain_graph=True)
+    truths = {
+        "none": torch.zeros_like(logits),
+        "of KL(pi || ref)": _gradient((policy.exp() * (policy - reference)).sum(), logits),
+        "of KL(ref || pi)": _gradient((reference.exp() * (reference - policy)).sum(), logits),
+    }
     # tokens are drawn from pi and then held: the expectation's own weights have no gradient
-    (found,) = torch.autograd.grad((policy.exp().detach() * f.estimate_kl(policy, reference, estimator)).sum(), logits)
-    assert torch.allclose(found, truth if right else torch.zeros_like(truth), atol=1e-12)
+    found = _gradient((policy.exp().detach() * f.estimate_kl(policy, reference, estimator)).sum(), logits)
+    same = [name for name, truth in truths.items() if torch.allclose(found, truth, atol=1e-12)]
+    assert same == {"k1": ["none"], "k2": ["of KL(pi || ref)"], "k3": ["of KL(ref || pi)"], "abs": []}[estimator]
+
+
+def _gradient(value: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    return torch.autograd.grad(value, logits, retain_graph=True)[0]
 
 
 def test_dual_clip_bounds_what_a_bad_token_costs() -> None:
@@ -68,6 +81,34 @@ def test_sequence_aggregation_is_the_mean_of_row_means() -> None:
 def test_importance_weights_are_capped() -> None:
     found = f.importance_weights(torch.tensor([0.0, -1.0]), torch.tensor([-3.0, -0.5]), 2.0)
     assert found.tolist() == pytest.approx([2.0, math.exp(-0.5)])
+
+
+def test_importance_weights_weigh_the_loss_of_each_token_and_have_no_gradient() -> None:
+    generator = torch.Generator().manual_seed(6)
+    rows = Rows.of([[1, 2, 3, 4], [5, 6, 7]])
+    mask = rows.replace(torch.tensor([0, 1, 1, 1, 0, 1, 1]))
+    fields = {
+        name: rows.replace(0.5 * torch.randn(7, generator=generator))
+        for name in ("old_logprobs", "sampling_logprobs", "advantages")
+    }
+    packed = pack(Batch(rows, fields | f.aggregation_fields(mask, "token")), [0, 1])
+    new = (packed.per_token["old_logprobs"] + 0.1 * torch.randn(7, generator=generator)).requires_grad_()
+    objective = PolicyObjective(temperature=1.0, clip_ratio=0.05, importance_cap=1.2)
+    terms = objective({"logprobs": new}, packed)
+    expected = torch.zeros(())
+    weights = []
+    for at in range(7):
+        old, sampled, advantage, weight = (
+            packed.per_token[name][at] for name in ("old_logprobs", "sampling_logprobs", "advantages", "loss_weight")
+        )
+        ratio = (new[at] - old).exp()
+        cost = -torch.minimum(ratio * advantage, ratio.clamp(0.95, 1.05) * advantage)
+        weights.append(min(math.exp(float(old - sampled)), 1.2) * float(weight))
+        expected = expected + weights[-1] * cost
+    assert terms.loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert torch.allclose(_gradient(terms.loss, new), _gradient(expected, new), atol=1e-6)
+    assert float(terms.metrics["importance"]) == pytest.approx(sum(weights), abs=1e-6)
+    assert 0 < sum(weight == 1.2 for weight in weights) < 5  # the cap binds on some
 
 
 def test_group_advantages_of_a_worked_group() -> None:
@@ -197,6 +238,19 @@ def test_an_alarm_that_holds_stops_the_run_when_told_to() -> None:
 def test_settings_that_contradict_each_other_are_refused(make: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_dpo_refuses_dropout() -> None:
+    """Its slopes are taken without, and would not be those of the step's function."""
+    start = {
+        "algorithm": {"kind": "dpo"},
+        "data": {"kind": "preference", "max_length": 64},
+        "checkpoint": {"load": "sft"},
+    }
+    assert not check(load(RunConfig, start), files=False)
+    [found] = check(load(RunConfig, start | {"model": {"dropout": 0.1}}), files=False)
+    assert found.level == "error"
+    assert str(found).startswith("model.dropout: algorithm=dpo takes its loss's derivative")
 
 
 IGNORED: dict[str, Any] = {

@@ -38,7 +38,8 @@ MODEL = ModelConfig(
     init_std=0.15,  # large enough that the next token is not nearly uniform
     vocab_multiple=16,
 )
-PEAKED = dataclasses.replace(MODEL, vocab_size=900, init_std=0.3)  # logits of some size, where rounding shows
+# large logits on a single layer: what is rounded at the end shows, what is rounded on the way does not
+PEAKED = dataclasses.replace(MODEL, vocab_size=900, num_layers=1, hidden_size=128, init_std=0.3)
 PROMPTS = [[5, 9, 2], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [30, 31], [60, 61, 62, 63, 64]]
 STOP, SEED = 3, 11
 SAMPLED = SamplingConfig(max_new_tokens=14, temperature=0.8, top_p=0.9, top_k=40, max_batch_rows=3)
@@ -261,9 +262,12 @@ def _parity(precision: Any, temperature: float) -> tuple[float, float]:
     return float(off.mean()), float(off.max())
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_sampling_and_training_agree(precision: str) -> None:
-    print(precision, run_ranks(1, _parity, precision, 0.7)[0])
+@pytest.mark.parametrize(("precision", "mean", "most"), [("fp32", 1e-6, 1e-5), ("bf16", 0.003, 0.06)])
+def test_sampling_and_training_give_a_token_the_same_log_probability(precision: str, mean: float, most: float) -> None:
+    """In bf16 measured 0.0014 and 0.046; with logits rounded to bf16 on the way, 0.0119."""
+    found = run_ranks(1, _parity, precision, 1.0)[0]
+    assert found[0] < mean
+    assert found[1] < most
 
 
 def _lengths(shortest: int, longest: int) -> list[int]:
