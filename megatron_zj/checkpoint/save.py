@@ -162,7 +162,6 @@ class Checkpointer:
             return
         log.info("finishing %s before leaving", save.folder)
         save.deadline = time.monotonic() + seconds
-        save.thread.join(seconds)
         while save.error is None and not _settled(save.folder) and time.monotonic() < save.deadline:
             time.sleep(0.02)
         if not _settled(save.folder):

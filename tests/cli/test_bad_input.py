@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from megatron_zj.checkpoint import save as saving
 from megatron_zj.checkpoint.load import newest
 from megatron_zj.cli.main import main
 from megatron_zj.data.vocabulary import train_sentencepiece
@@ -214,14 +216,20 @@ def test_a_damaged_or_missing_checkpoint(world: Path) -> None:
 # While training
 
 
-def test_a_nan_loss_names_step_and_records_and_keeps_the_last_good_checkpoint(world: Path) -> None:
-    exploding = {"optim__lr": 1e30, "optim__clip_grad": 1e30}
-    outcome = zj(train_argv("sft", world, "nan", **exploding))
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_nan_loss_names_step_and_records_and_keeps_the_last_good_checkpoint(
+    world: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
+    if asynchronous:  # the checkpoint of step 1 is still being written when step 2 fails
+        original = saving._write
+        monkeypatch.setattr(saving, "_write", lambda save: (time.sleep(2), original(save)))
+    exploding = {"optim__lr": 1e30, "optim__clip_grad": 1e30, "checkpoint__async_save": asynchronous}
+    outcome = zj(train_argv("sft", world, f"nan_{asynchronous}", **exploding))
     assert outcome.code == 1
     assert "step 2: the loss is nan (data-parallel shard 0, micro-batch 0, rows [" in outcome.error
     assert "The weights are those before this step. Lower optim.lr" in outcome.error
     assert outcome.error.count(f"    {world}/data/sft.jsonl, record at line ") == 4  # the global batch
-    kept = newest(world / "nan")
+    kept = newest(world / f"nan_{asynchronous}")
     assert kept is not None
     assert kept.name == "step_00000001"
 
