@@ -5,6 +5,8 @@
 SHELL := /bin/bash
 DEVICE ?= cpu
 ARGS ?=
+PEER ?=
+RESULTS ?= runs/bench
 VENV := .venv
 PY := $(VENV)/bin/python
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
@@ -51,8 +53,12 @@ test: $(STAMP)  ## lint, types and every default test, in stages with their seco
 test-long: $(STAMP)  ## the long forms: kill campaigns, seeds, the whole layout matrix, other Tritons
 	@$(TEST) tools/run_tests.py --long $(ARGS)
 
-bench: $(STAMP)  ## measurements side by side: training step, packing, generation
-	@$(RUN) $(PY) tools/bench_step.py $(ARGS)
+bench: $(STAMP)  ## side by side: step, generation, PPO; packing and TRL's PPO too with PEER=PYTHON_WITH_TRL
+	@mkdir -p $(RESULTS)
+	@$(RUN) $(PY) tools/bench_step.py --out $(RESULTS)/step.json
+	@$(RUN) $(PY) tools/bench_generate.py --to $(RESULTS)/generate.json
+	@$(RUN) $(PY) tools/bench_ppo.py $(if $(PEER),--peer-python $(PEER)) --out $(RESULTS)/ppo.json
+	@$(if $(PEER),$(RUN) $(PY) tools/bench_packing.py --peer-python $(PEER) --out $(RESULTS)/packing.json)
 
 kernels: $(STAMP)  ## the kernels alone: references, and Triton where it can run
 	@$(TEST) tools/run_tests.py --only kernels $(ARGS)
