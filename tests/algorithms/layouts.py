@@ -48,6 +48,7 @@ TP_PP, CP = ParallelConfig(tp=2, pp=2), ParallelConfig(cp=2)
 LAYOUTS = {
     "one rank": Layout(),
     "small packs": Layout(engine=EngineConfig(micro_batch_tokens=20)),
+    "tp2": Layout(2, TP),
     "tp2 sp": Layout(2, TP_SP),
     "pp2": Layout(2, PP),
     "dp2": Layout(2, ONE, SHARDED),
@@ -58,7 +59,6 @@ LAYOUTS = {
 }
 # the rest of the matrix
 MORE_LAYOUTS = {
-    "tp2": Layout(2, TP),
     "tp2 sp pp2": Layout(4, replace(TP_SP, pp=2)),
     "pp4": Layout(4, ParallelConfig(pp=4)),
     "dp2 tp2": Layout(4, TP, SHARDED),

@@ -208,6 +208,23 @@ def _dropout() -> tuple[list[float], list[float]]:
     return went_on, [one["loss"] for one in _steps(resumed, 2, 2)]
 
 
+def _beside(other: bool) -> list[float]:
+    """Losses under dropout, where another model with dropout is built and learns in between, or not."""
+    case = replace(_case(PLAIN), model=replace(MODEL, dropout=0.2))
+    groups = make_groups(case)
+    engine, found = make_engine(case, groups), list[float]()
+    for step in range(3):
+        found.append(engine.update(Squares("lm"), shard_of(global_batch(step), groups))["loss"])
+        if other:
+            make_engine(case, groups).update(Squares("lm"), shard_of(global_batch(step), groups))
+    return found
+
+
+def test_the_dropout_of_one_model_is_not_moved_by_another() -> None:
+    """Megatron-core has one random tracker a process: docs/upstream/one-rng-tracker.md."""
+    assert run_ranks(2, _beside, True) == run_ranks(2, _beside, False)
+
+
 def test_dropout_resumes_to_the_bit() -> None:
     for went_on, again in run_ranks(2, _dropout):
         assert went_on == again
