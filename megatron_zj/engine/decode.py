@@ -214,7 +214,7 @@ def _product(hidden_BD: Tensor, weight_VD: Tensor) -> Tensor:
     if hidden_BD.is_cuda:
         return torch.mm(hidden_BD, weight_VD.t(), out_dtype=torch.float32)
     wide_BD = hidden_BD.float()
-    return torch.cat([F.linear(wide_BD, rows.float()) for rows in weight_VD.split(_WIDE_ROWS)], -1)
+    return torch.cat([F.linear(wide_BD, rows.float()) for rows in torch.split(weight_VD, _WIDE_ROWS)], -1)
 
 
 def _cuts(lengths: Sequence[int], budget: int) -> list[int]:
