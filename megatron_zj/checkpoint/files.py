@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from megatron_zj.checkpoint.errors import CheckpointError
+from megatron_zj.runtime import files
 
 _BLOCK = 8 << 20  # bytes read at once when hashing
 
@@ -81,19 +82,15 @@ class HashingFile:
 
 
 def write_bytes(path: Path, data: bytes) -> FileRecord:
-    """Write a small file under a temporary name, fsync, rename: complete or absent."""
-    temporary = path.with_name(path.name + ".tmp")
-    with HashingFile(temporary) as file:
-        file.write(data)
-        record = file.close()
-    os.replace(temporary, path)
-    fsync(path.parent)
-    return record
+    """A small file, complete or absent."""
+    files.write_whole(path, data)
+    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
 
 
 def write_json(path: Path, value: Any) -> FileRecord:
     """``value`` as JSON, complete or absent."""
-    return write_bytes(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())
+    data = files.write_json(path, value)
+    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
 
 
 def read_json(path: Path, advice: str) -> Any:
@@ -123,15 +120,6 @@ def copy_file(source: Path, target: Path) -> FileRecord:
             while block := stream.read(_BLOCK):
                 file.write(block)
         return file.close()
-
-
-def fsync(path: Path) -> None:
-    """Make a file's bytes, or the names in a folder, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def require_space(folder: Path, needed: int) -> None:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from megatron_zj.checkpoint.errors import CheckpointError
-from megatron_zj.checkpoint.files import FileRecord, fsync, read_json, record_of, write_json
+from megatron_zj.checkpoint.files import FileRecord, read_json, record_of, write_json
 from megatron_zj.config.model import HeadKind, ModelConfig, RopeScalingConfig
 from megatron_zj.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_zj.runtime.files import fsync
 
 MANIFEST = "manifest.json"
 FORMAT = "megatron_zj checkpoint"

@@ -8,8 +8,8 @@ import re
 import shutil
 from pathlib import Path
 
-from megatron_zj.checkpoint.files import fsync
 from megatron_zj.checkpoint.manifest import MANIFEST
+from megatron_zj.runtime.files import fsync
 
 log = logging.getLogger(__name__)
 _STEP = re.compile(r"step_(\d{8,})(\.new)?")

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from megatron_zj.checkpoint.errors import CheckpointError
-from megatron_zj.checkpoint.files import fsync, read_json, write_json
+from megatron_zj.checkpoint.files import read_json, write_json
+from megatron_zj.runtime.files import fsync
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

@@ -25,12 +25,13 @@ from torch import Tensor
 
 from megatron_zj.checkpoint import retention, tree
 from megatron_zj.checkpoint.errors import CheckpointError, agree, everywhere, explain, gather, this_rank
-from megatron_zj.checkpoint.files import FileRecord, fsync, read_json, require_space, write_json
+from megatron_zj.checkpoint.files import FileRecord, read_json, require_space, write_json
 from megatron_zj.checkpoint.manifest import ManifestInfo, RoleInfo, new_manifest, write_manifest, write_tokenizer
 from megatron_zj.checkpoint.shards import Index, ShardWriter, require_finite, write_foreign_common, write_index
 from megatron_zj.config.checkpoint import CheckpointConfig
 from megatron_zj.config.model import HeadKind, ModelConfig
 from megatron_zj.parallel.groups import ParallelGroups, placement_world
+from megatron_zj.runtime.files import fsync
 
 log = logging.getLogger(__name__)
 ROLES, ALGORITHM, COMMON = "roles", "algorithm", "common"

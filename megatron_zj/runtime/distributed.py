@@ -61,7 +61,9 @@ class Process:
 
 @contextlib.contextmanager
 def session(device: Literal["auto", "cpu", "cuda"], timeout_seconds: int) -> Iterator[Process]:
-    """A whole run: ``start``, the heartbeat, ``stop``.
+    """A whole run: default group (gloo on CPU, NCCL for CUDA tensors), device, threads, exact arithmetic, heartbeat.
+
+    ``timeout_seconds``: how long a collective of the default group waits.  Raises StartError when it cannot be joined.
 
     An error of this rank leaves unchanged, after the other ranks have been told; where several ranks meet the same
     one, one of them tells it.  An error that is another rank's (a collective failed because a member was lost) leaves
@@ -81,7 +83,7 @@ def session(device: Literal["auto", "cpu", "cuda"], timeout_seconds: int) -> Ite
         yield process
     except BaseException as error:
         if process.world_size == 1:
-            stop()
+            _leave()
             raise
         if not _is_collective_failure(error):
             heartbeat.close("failed", _one_line(error))
@@ -100,19 +102,10 @@ def session(device: Literal["auto", "cpu", "cuda"], timeout_seconds: int) -> Ite
     if process.world_size > 1:
         heartbeat.close("finished")
         dist.barrier()  # the rank that hosts the store leaves last
-    stop()
+    _leave()
 
 
-def start(device: Literal["auto", "cpu", "cuda"], timeout_seconds: int) -> Process:
-    """Join the run: default group (gloo on CPU, NCCL for CUDA tensors), device, threads, reproducible arithmetic.
-
-    ``timeout_seconds``: how long a collective of the default group waits.  Raises StartError.
-    """
-    store, place = _rendezvous(timeout_seconds)
-    return _join(store, place, device, timeout_seconds)
-
-
-def stop() -> None:
+def _leave() -> None:
     """Leave the default group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()

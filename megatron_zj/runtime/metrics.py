@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from megatron_zj.runtime.files import write_whole
 
 FILE_NAME = "metrics.jsonl"
 
@@ -65,9 +66,7 @@ class MetricsLog:
 
     def _start(self, first_step: int) -> None:
         kept = [line for line in read_metrics(self._path) if line["step"] < first_step]
-        part = self._path.with_suffix(".part")
-        part.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
-        os.replace(part, self._path)
+        write_whole(self._path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept).encode())
         if self._tensorboard is not None:
             self._summary = self._tensorboard.SummaryWriter(self._path.parent / "tensorboard", purge_step=first_step)
         self._started = True

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_zj.runtime import log
+from megatron_zj.runtime import files, log
 from megatron_zj.runtime.activity import Activity
 from megatron_zj.runtime.distributed import Process
+from megatron_zj.runtime.files import write_json
 from megatron_zj.runtime.memory import peak_memory_mib
 from megatron_zj.runtime.metrics import MetricsLog, read_metrics
 from megatron_zj.runtime.profiler import StepProfiler
@@ -34,6 +35,19 @@ def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
     resumed.write(5, {"loss": 0.25})
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 9.0), (2, 8.0), (3, 7.0), (4, 0.5), (5, 0.25)]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, seen = tmp_path / "状态.json", []
+    write_json(path, {"state": "running", "说": [1, 2]})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"state": "running", "说": [1, 2]}
+    monkeypatch.setattr(files.os, "fsync", lambda descriptor: seen.append(path.read_text(encoding="utf-8")))
+    write_json(path, {"state": "done"})
+    assert ["running" in text for text in seen] == [True, False]  # the new bytes, then the new name
+    monkeypatch.setattr(files.os, "replace", lambda *names: 1 / 0)  # killed before the renaming
+    with pytest.raises(ZeroDivisionError):
+        write_json(path, {"state": "failed"})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"state": "done"}
 
 
 def test_a_run_that_only_opens_the_log_drops_nothing(tmp_path: Path) -> None:
