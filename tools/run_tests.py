@@ -144,6 +144,13 @@ def gpu_stages() -> list[Stage]:
     return [
         Stage("gpu", "every test marked gpu", pytest_over("tests", "gpu and not multi_gpu"), 1800),
         Stage("kernels", "each op on the device", (*KERNELS, "gpu"), 1800),
+        Stage(
+            "demo",
+            "raw text to an aligned model on the device",
+            (sys.executable, "tools/run_demo.py", "--device", "cuda", "--fresh", "--folder", "runs/demo-gpu"),
+            1800,
+            needs="tools/run_demo.py",
+        ),
     ]
 
 

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from tests.kernels.proofs import (
+    DEVICE,
     DTYPES,
     Proof,
     prove_add_norm,
@@ -81,6 +82,28 @@ def _attention() -> dict[str, Proof]:
         "decode mqa 80": partial(prove_decode, (20, 69), FP32, heads=8, kv_heads=1, dim=80),
     }
     return cases
+
+
+def _long() -> dict[str, dict[str, Proof]]:
+    """Shapes that cross the blocks of a device, which are larger than the interpreter's."""
+    return {
+        "attention": {
+            "long": partial(prove_attention, (700, 1, 333), BF16, heads=8, kv_heads=2, dim=128),
+            "long fp32": partial(prove_attention, (300, 129), FP32, heads=4, kv_heads=2),
+            "long, window": partial(prove_attention, (700,), BF16, window=200, dim=128),
+            "long, context parallel": partial(prove_attention, (1024, 512), BF16, shards=4, dim=128),
+            "long, head 80": partial(prove_attention, (500,), BF16, dim=80),
+            "long, head 256": partial(prove_attention, (300,), BF16, dim=256),
+            "decode long": partial(prove_decode, (1100, 3, 513, 512), BF16, heads=8, dim=128, capacity=1200),
+        },
+        "linear_logprob": {
+            "long vocabulary": partial(prove_logprob, 200, 9001, 256, BF16),
+            "long, few programs": partial(prove_logprob, 300, 2001, 128, FP32, programs=8),
+        },
+        "reward_head": {"wide": partial(prove_reward, 33, 5120, BF16)},
+        "value_head": {"wide": partial(prove_value_loss, 1000, 5120, BF16, clip=0.2, masked=True)},
+        "gae": {"long": partial(prove_gae, (3000, 1, 1025), FP32, bootstrap=True, gamma=0.99, lam=0.95)},
+    }
 
 
 def _rows(op: str) -> dict[str, Proof]:
@@ -190,3 +213,6 @@ CATALOGUE: dict[str, dict[str, Proof]] = {
     "value_head": _heads("value_head"),
     "gae": _heads("gae"),
 }
+if DEVICE.type == "cuda":
+    for _op, _cases in _long().items():
+        CATALOGUE[_op] |= _cases

@@ -191,13 +191,13 @@ def prove_dense(
 
 def prove_decode(
     lengths: Sequence[int], dtype: torch.dtype, *, heads: int = 4, kv_heads: int = 2, dim: int = 64,
-    window: int | None = None, apart: bool = False,
+    window: int | None = None, apart: bool = False, capacity: int = 70,
 ) -> None:  # fmt: skip
     """Rows of several lengths, one of them empty, against naive attention of each row.
 
     ``apart``: the values' cache is a slice, so its strides are not the keys'.
     """
-    rows, capacity = len(lengths), 70
+    rows = len(lengths)
     inputs = (
         normal(rows, heads, dim),
         normal(rows, capacity, kv_heads, dim, seed=1),
