@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,6 +40,7 @@ from megatron_zj.evaluation.ner import read_conll, take_ner
 from megatron_zj.evaluation.preference import grouped, rate
 from megatron_zj.evaluation.safety import read_probes, take_safety
 from megatron_zj.runtime.distributed import Process, session
+from megatron_zj.runtime.files import write_json
 from megatron_zj.runtime.log import setup
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,8 @@ def evaluate(config: EvaluationConfig, plan: dict[Suite, list[Path]], process: P
                 results[suite] |= _contest(config.against, suite, results[suite], config.margin)
         if process.rank == 0:
             path = config.run.dir / FOLDER / f"{suite}.json"
-            _write(path, {"checkpoint": str(model.folder), "step": model.step, **results[suite]})
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"checkpoint": str(model.folder), "step": model.step, **results[suite]})
             logger.info("%s: %s  -> %s", suite, _headline(results[suite]), path)
     return results
 
@@ -228,13 +229,6 @@ def _headline(result: Json) -> str:
     """The numbers at the top of a result, without its lists and tables."""
     plain = {name: value for name, value in result.items() if isinstance(value, int | float | bool)}
     return "  ".join(f"{name} {value:.4g}" for name, value in plain.items())
-
-
-def _write(path: Path, result: Json) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
 
 
 if __name__ == "__main__":

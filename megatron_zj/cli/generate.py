@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 
@@ -16,6 +15,7 @@ from megatron_zj.data.chat import render_prompt
 from megatron_zj.data.raw import read_raw
 from megatron_zj.data.records import PromptRecord
 from megatron_zj.runtime.distributed import Process, session
+from megatron_zj.runtime.files import write_whole
 from megatron_zj.runtime.log import progress_bar, setup
 
 logger = logging.getLogger(__name__)
@@ -52,12 +52,11 @@ def generate_answers(config: GenerationConfig, process: Process) -> None:
     bar.close()
     if process.rank == 0:
         target = config.run.dir / ANSWERS
-        part = target.with_suffix(".part")
-        with part.open("w", encoding="utf-8") as file:
-            for record, (text, finished) in zip(records, answers, strict=True):
-                line = {"prompt": record.messages[-1].content, "answer": text, "finished": finished}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        os.replace(part, target)
+        lines = (
+            {"prompt": record.messages[-1].content, "answer": text, "finished": finished}
+            for record, (text, finished) in zip(records, answers, strict=True)
+        )
+        write_whole(target, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
         logger.info("%d answers in %s", len(answers), target)
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from megatron_zj.cli.compose import frozen_text, load_frozen, parse_overrides, save_frozen
 from megatron_zj.config.loader import ConfigError
 from megatron_zj.config.run import RunConfig
+from megatron_zj.runtime.files import write_json
 
 State = Literal["waiting", "running", "done", "failed", "interrupted"]
 
@@ -84,7 +85,7 @@ def freeze(job: Job) -> None:
     if job.swept and path.exists() and path.read_text(encoding="utf-8") != frozen_text(job.config):
         raise ConfigError([f"{path} is another configuration; give another --dir, or remove that job's folder"])
     save_frozen(job.config, path)
-    _write_json(job.folder / "overrides.json", list(job.overrides))
+    write_json(job.folder / "overrides.json", list(job.overrides))
     if read_state(job.folder) is None:
         write_state(job, "waiting")
 
@@ -100,13 +101,7 @@ def read_state(folder: Path) -> State | None:
 
 def write_state(job: Job, state: State, **more: Any) -> None:
     """Replace ``status.json`` in one step."""
-    _write_json(job.folder / "status.json", {"state": state, "overrides": list(job.overrides), **more})
-
-
-def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(job.folder / "status.json", {"state": state, "overrides": list(job.overrides), **more})
 
 
 def torchrun_command(job: Job, train: Sequence[str], max_restarts: int) -> list[str]:

@@ -47,13 +47,13 @@ from megatron_zj.data.prepared import (
     PreparedManifest,
     ShardInfo,
     read_manifest,
-    write_json,
     write_manifest,
 )
 from megatron_zj.data.raw import raw_files
 from megatron_zj.data.rows import Counts
 from megatron_zj.data.store import UNITS_SUFFIX, write_shard
 from megatron_zj.data.tokenizer import build_tokenizer, load_tokenizer
+from megatron_zj.runtime.files import write_json
 
 _SHARD_SUFFIXES = (".bin", ".idx", UNITS_SUFFIX)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from megatron_zj.data.errors import DataError
 from megatron_zj.data.tokenizer import Tokenizer
+from megatron_zj.runtime.files import write_json
 
 MANIFEST = "manifest.json"
 JOB = "job.json"
@@ -42,13 +42,6 @@ class PreparedManifest:
     inputs: list[dict[str, Any]]  # path, bytes, sha256
     counts: dict[str, Any]
     shards: list[ShardInfo]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all: written aside, then renamed."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, path)
 
 
 def write_manifest(folder: Path, manifest: PreparedManifest) -> None:

@@ -251,6 +251,8 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
 
 def _read_model(path: Path) -> bytes:
     content = path.read_bytes()
+    if not content:  # the library takes it for a model without a piece
+        raise DataError(f"{path} is empty\n  -> fetch or copy the tokenizer again")
     try:
         sentencepiece.SentencePieceProcessor(model_proto=content)
     except RuntimeError as error:

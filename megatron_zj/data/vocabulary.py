@@ -41,10 +41,10 @@ def train_sentencepiece(
     ``vocab_size``, or it cannot hold their characters.
     """
     model = io.BytesIO()
-    lines = (line for text in texts for line in text.splitlines() if line.strip())
+    bad: list[DataError] = []  # what stopped the texts: the library hands it on as a text of its own
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
+            sentence_iterator=_lines(texts, bad),
             model_writer=model,
             vocab_size=vocab_size,
             model_type=model_type,
@@ -64,9 +64,20 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except RuntimeError as error:
+        if bad:
+            raise bad[0] from error
         reason = str(error).splitlines()[-1].split("] ")[-1]  # without the library's source line
         raise DataError(f"cannot train {vocab_size} pieces: {reason}\n  -> change vocab_size or the texts") from error
     return SentencePieceTokenizer(model.getvalue(), {})
+
+
+def _lines(texts: Iterable[str], bad: list[DataError]) -> Iterator[str]:
+    try:
+        for text in texts:
+            yield from (line for line in text.splitlines() if line.strip())
+    except DataError as error:
+        bad.append(error)
+        raise
 
 
 def extend_vocabulary(base: SentencePieceTokenizer, pieces: SentencePieceTokenizer) -> SentencePieceTokenizer:

@@ -134,6 +134,8 @@ def test_unusable_tokenizers_name_the_file_and_what_to_change(
 ) -> None:
     broken = tmp_path / "broken.model"
     broken.write_bytes(b"not a model")
+    empty = tmp_path / "empty.model"
+    empty.touch()
     folder = tmp_path / "folder"
     folder.mkdir()
     damaged = tmp_path / "damaged"
@@ -143,6 +145,7 @@ def test_unusable_tokenizers_name_the_file_and_what_to_change(
     for path, message in (
         (tmp_path / "none.model", "does not exist"),
         (broken, "broken.model is not a SentencePiece model"),
+        (empty, "empty.model is empty"),
         (folder, "holds neither tokenizer.json nor tokenizer.model"),
         (damaged, "is not a usable tokenizer"),
     ):

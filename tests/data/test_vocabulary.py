@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from megatron_zj.data.vocabulary import (
     extend_vocabulary,
     mean_of_pieces,
     pieces_of_new_ids,
+    texts_of_files,
     train_sentencepiece,
 )
 from tests.data.conftest import TEXTS
@@ -49,6 +51,18 @@ def test_vocabulary_that_cannot_be_filled_says_what_to_change() -> None:
     for size in (270, 100_000):
         with pytest.raises(DataError, match=f"cannot train {size} pieces(.|\n)*change vocab_size"):
             train_sentencepiece(TEXTS, size, character_coverage=1.0)
+
+
+def test_a_bad_record_under_way_is_told_as_itself_or_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    lines = [json.dumps({"text": text}) for text in TEXTS * 4]
+    path.write_text("\n".join([*lines, '{"text": "\\ud800"}', *lines]), encoding="utf-8")
+    with pytest.raises(
+        DataError, match=rf"^{path}, record at line {len(lines) + 1}, field 'text': half of a character"
+    ):
+        train_sentencepiece(texts_of_files([str(path)]), 349)
+    whole = train_sentencepiece(texts_of_files([str(path)], "skip"), 349)
+    assert whole.fingerprint() == train_sentencepiece(TEXTS * 8, 349).fingerprint()
 
 
 def test_extension_keeps_every_id_and_shortens_chinese(
