@@ -27,6 +27,7 @@ from kernels.swiglu import swiglu
 from megatron_zj.engine.decode_graphs import CudaGraph, Graph, StepGraphs, why_eager
 from megatron_zj.engine.engine import Engine
 from megatron_zj.models.rotary import rotary_frequencies
+from megatron_zj.models.transformer_config import kernel_backend
 
 _WIDE_ROWS = 4096  # of the output matrix, cast to fp32 at once
 
@@ -64,7 +65,8 @@ class Decoder:
         frequencies = rotary_frequencies(self.model).to(self.device)
         self._tables = rope_tables(frequencies, max_tokens)
         self._lengths: list[int] = []  # cached tokens of each active slot
-        self.why_eager = why_eager(self.groups, weight) if graphs else "they are switched off"
+        with kernel_backend(self.model.kernels):
+            self.why_eager = why_eager(self.groups, weight) if graphs else "they are switched off"
         self._padded: StepGraphs | None = None
         if self.device.type == "cuda" and self.groups.pp_size == 1:
             self.pad_steps(CudaGraph if self.why_eager is None else None)
@@ -75,9 +77,9 @@ class Decoder:
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """No gradients inside; parameters that are still being gathered are waited for first."""
+        """No gradients, the kernels that the model asks for; parameters still being gathered are waited for first."""
         self.engine.gather_weights()
-        with torch.no_grad():
+        with torch.no_grad(), kernel_backend(self.model.kernels):
             yield
 
     def prefill(self, slots: Sequence[int], prompts: Sequence[Tensor]) -> Tensor | None:

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kernels import dispatch
 from megatron_zj.parallel.groups import ParallelGroups
 
 Step = Callable[[Tensor, Tensor], Tensor]  # tokens [rows] and their positions [rows] to logits [rows, V]
@@ -51,6 +52,8 @@ def why_eager(groups: ParallelGroups, weight: Tensor) -> str | None:
     """Why steps of this model cannot be captured; None: they can."""
     if weight.device.type != "cuda":
         return f"the device is {weight.device.type}"
+    if dispatch.backend_of(weight) == "torch":
+        return "attention in torch operators reads its lengths on the host"
     if groups.pp_size > 1:
         return "pipeline stages wait for one another's hidden states on the host"
     if groups.tp_size > 1:

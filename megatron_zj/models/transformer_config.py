@@ -30,9 +30,14 @@ class LlamaConfig(TransformerConfig):  # type: ignore[misc]
 
         Entered in the modules themselves, not around the model: a recomputed module runs in the backward pass.
         """
-        if self.kernels in ("auto", "te"):
-            return nullcontext()
-        return dispatch.use("triton" if self.kernels == "triton" else "torch")
+        return kernel_backend(self.kernels)
+
+
+def kernel_backend(kernels: Literal["auto", "triton", "torch", "te"]) -> AbstractContextManager[None]:
+    """Where operators of ``kernels`` run inside, by ``model.kernels``; auto and te leave it to the device."""
+    if kernels in ("auto", "te"):
+        return nullcontext()
+    return dispatch.use("triton" if kernels == "triton" else "torch")
 
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:

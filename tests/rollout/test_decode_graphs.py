@@ -10,7 +10,9 @@ import gc
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels import dispatch
 from megatron_zj.config.algorithm import SamplingConfig
 from megatron_zj.config.derived import ALL
 from megatron_zj.config.model import ModelConfig
@@ -172,6 +175,25 @@ def _reasons() -> tuple[str | None, str | None]:
     engine = _engine("cpu")
     off = Decoder(engine, max_rows=1, max_tokens=8, graphs=False).why_eager
     return why_eager(engine.groups, next(engine.chunks[0].parameters())), off
+
+
+def _kernels_inside() -> tuple[list[str | None], str | None]:
+    """The forced kernels outside and inside a session, and why a device would run it without graphs."""
+    engine = _engine("cpu")
+    engine.model = replace(engine.model, kernels="torch")
+    decoder = Decoder(engine, max_rows=1, max_tokens=8)
+    seen = [dispatch.Registry.forced]
+    with decoder.session():
+        seen.append(dispatch.Registry.forced)
+    device = SimpleNamespace(device=SimpleNamespace(type="cuda"), is_cuda=True)
+    with dispatch.use("torch"):
+        return seen, why_eager(engine.groups, device)  # type: ignore[arg-type]
+
+
+def test_decoding_runs_on_the_kernels_that_the_model_asks_for() -> None:
+    seen, reason = run_ranks(1, _kernels_inside)[0]
+    assert seen == [None, "torch"]
+    assert reason == "attention in torch operators reads its lengths on the host"
 
 
 def test_where_there_are_no_graphs_the_reason_is_said() -> None:
