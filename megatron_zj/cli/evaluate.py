@@ -19,7 +19,6 @@ from megatron_zj.cli.main import guarded
 from megatron_zj.config.inference import EvaluationConfig, Suite
 from megatron_zj.config.loader import ConfigError
 from megatron_zj.data.raw import read_raw
-from megatron_zj.data.records import DialogueRecord, PreferenceRecord
 from megatron_zj.evaluation.attitudes import (
     CAMI_ITEMS,
     CAMI_OPTIONS,
@@ -83,11 +82,12 @@ def plan_suites(config: EvaluationConfig) -> dict[Suite, list[Path]]:
 
 def evaluate(config: EvaluationConfig, plan: dict[Suite, list[Path]], process: Process) -> dict[Suite, Json]:
     """Run the suites on one loaded model.  Collective over the world; rank 0 writes.  Returns every suite's result."""
+    read = {suite: _read(config, suite, files) for suite, files in plan.items()}  # a bad file is told at once
     model = LoadedModel(config, process, untrained=config.untrained)
     results: dict[Suite, Json] = {}
-    for suite, files in plan.items():
+    for suite, items in read.items():
         with process.activity.doing(f"evaluate {suite}"):
-            results[suite] = SUITES[suite](model, config, files)
+            results[suite] = SUITES[suite](model, config, items)
             if config.against is not None:
                 results[suite] |= _contest(config.against, suite, results[suite], config.margin)
         if process.rank == 0:
@@ -140,63 +140,70 @@ def _contest(against: Path, suite: Suite, result: Json, margin: float) -> Json:
     return {"win": shares.win, "tie": shares.tie, "loss": shares.loss, "against": str(path)}
 
 
-def _exam(model: LoadedModel, config: EvaluationConfig, files: Sequence[Path]) -> Json:
-    items = _first(config, [item for path in files for item in read_exam(path, config.data.on_bad_record)])
+def _read(config: EvaluationConfig, suite: Suite, files: Sequence[Path]) -> list[Any]:
+    """The items of a suite, at most ``limit`` of them; a scale has no part to ask alone."""
+    policy, names = config.data.on_bad_record, [str(path) for path in files]
+    if suite == "preference":
+        items: list[Any] = read_raw(names, "preference", config.data.format, policy)
+    elif suite == "dialogue":
+        items = read_raw(names, "chat", config.data.format, policy)
+    else:
+        clinic = load_clinic()
+        readers: dict[Suite, Callable[[Path], list[Any]]] = {
+            "exam": lambda path: read_exam(path, policy),
+            "clinic": lambda path: read_cases(path, clinic, policy),
+            "safety": lambda path: read_probes(path, policy),
+            "ner": read_conll,
+            "cami": lambda path: read_items(path, CAMI_ITEMS),
+            "mica": lambda path: read_items(path, MICA_ITEMS),
+        }
+        items = [item for path in files for item in readers[suite](path)]
+    return items[: config.limit] if config.limit and suite not in ("cami", "mica") else items
+
+
+def _exam(model: LoadedModel, config: EvaluationConfig, items: list[Any]) -> Json:
     return dataclasses.asdict(take_exam(items, _codec(model), model.option_logprobs))
 
 
-def _clinic(model: LoadedModel, config: EvaluationConfig, files: Sequence[Path]) -> Json:
-    clinic = load_clinic()
-    cases = _first(config, [case for path in files for case in read_cases(path, clinic, config.data.on_bad_record)])
-    return dataclasses.asdict(take_cases(clinic, cases, _codec(model), _generate(model, config)))
+def _clinic(model: LoadedModel, config: EvaluationConfig, cases: list[Any]) -> Json:
+    return dataclasses.asdict(take_cases(load_clinic(), cases, _codec(model), _generate(model, config)))
 
 
-def _safety(model: LoadedModel, config: EvaluationConfig, files: Sequence[Path]) -> Json:
-    probes = _first(config, [probe for path in files for probe in read_probes(path, config.data.on_bad_record)])
+def _safety(model: LoadedModel, config: EvaluationConfig, probes: list[Any]) -> Json:
     result, texts = take_safety(probes, _codec(model), _generate(model, config))
     return {**dataclasses.asdict(result), "answers": texts}
 
 
-def _dialogue(model: LoadedModel, config: EvaluationConfig, files: Sequence[Path]) -> Json:
-    records = read_raw([str(path) for path in files], "chat", config.data.format, config.data.on_bad_record)
-    turns = [record.messages for record in records if isinstance(record, DialogueRecord)]
-    result, texts = take_dialogues(_first(config, turns), _codec(model), _generate(model, config))
+def _dialogue(model: LoadedModel, config: EvaluationConfig, records: list[Any]) -> Json:
+    turns = [record.messages for record in records]
+    result, texts = take_dialogues(turns, _codec(model), _generate(model, config))
     return {**dataclasses.asdict(result), "answers": texts}
 
 
-def _ner(model: LoadedModel, config: EvaluationConfig, files: Sequence[Path]) -> Json:
-    sentences = _first(config, [sentence for path in files for sentence in read_conll(path)])
+def _ner(model: LoadedModel, config: EvaluationConfig, sentences: list[Any]) -> Json:
     return dataclasses.asdict(take_ner(sentences, _codec(model), _generate(model, config)))
 
 
-def _preference(model: LoadedModel, config: EvaluationConfig, files: Sequence[Path]) -> Json:
-    records = read_raw([str(path) for path in files], "preference", config.data.format, config.data.on_bad_record)
-    ranked = _first(config, [record for record in records if isinstance(record, PreferenceRecord)])
+def _preference(model: LoadedModel, config: EvaluationConfig, ranked: list[Any]) -> Json:
     codec = _codec(model)
     rows = [codec.dialogue([*record.prompt, *response]) for record in ranked for response in record.responses]
     groups = grouped(model.scores(rows), [record.dense_ranks() for record in ranked], [len(row) for row in rows])
     return dataclasses.asdict(rate(groups))
 
 
-def _cami(model: LoadedModel, config: EvaluationConfig, files: Sequence[Path]) -> Json:
-    letters = _letters(model, files, CAMI_ITEMS, CAMI_OPTIONS)
+def _cami(model: LoadedModel, config: EvaluationConfig, items: list[Any]) -> Json:
+    letters = answer_scale(items, CAMI_OPTIONS, _codec(model), model.option_logprobs)
     result = score_cami(letters)
     whole = {"num_unanswered": result.num_unanswered, "constant": result.constant, "letters": "".join(letters)}
     return {**result.subscales, **whole}
 
 
-def _mica(model: LoadedModel, config: EvaluationConfig, files: Sequence[Path]) -> Json:
-    letters = _letters(model, files, MICA_ITEMS, MICA_OPTIONS)
+def _mica(model: LoadedModel, config: EvaluationConfig, items: list[Any]) -> Json:
+    letters = answer_scale(items, MICA_OPTIONS, _codec(model), model.option_logprobs)
     return {**dataclasses.asdict(score_mica(letters)), "letters": "".join(letters)}
 
 
-def _letters(model: LoadedModel, files: Sequence[Path], num_items: int, options: Sequence[str]) -> list[str]:
-    """The answers to a scale, which one file holds; it has no part to ask alone, so ``limit`` does not apply."""
-    items = [item for path in files for item in read_items(path, num_items)]
-    return answer_scale(items, options, _codec(model), model.option_logprobs)
-
-
-SUITES: dict[Suite, Callable[[LoadedModel, EvaluationConfig, Sequence[Path]], Json]] = {
+SUITES: dict[Suite, Callable[[LoadedModel, EvaluationConfig, list[Any]], Json]] = {
     "exam": _exam,
     "clinic": _clinic,
     "preference": _preference,
@@ -219,10 +226,6 @@ def _codec(model: LoadedModel) -> Codec:
 
 def _generate(model: LoadedModel, config: EvaluationConfig) -> Callable[[Sequence[Ids]], Sequence[tuple[str, bool]]]:
     return lambda prompts: model.answers(prompts, config.sampling)
-
-
-def _first(config: EvaluationConfig, items: list[Any]) -> list[Any]:
-    return items[: config.limit] if config.limit else items
 
 
 def _headline(result: Json) -> str:

@@ -84,6 +84,7 @@ def test_a_damaged_file_is_told_by_name_and_line(world: Path, tmp_path: Path, co
     outcome = _run(command, world, path)
     assert outcome.code == 1
     assert f"error: {path}{complaint}" in outcome.error
+    assert "loaded weights" not in outcome.output  # nobody waits for the model first
 
 
 @pytest.mark.parametrize(

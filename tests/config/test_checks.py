@@ -252,6 +252,26 @@ def test_transformer_engine_is_asked_for_only_where_it_is_installed(monkeypatch:
     assert errors(run) == []
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"model": {"kernels": "triton"}},
+            "model.kernels: needs triton, which is not installed here",
+        ),
+        ({"run": {"tensorboard": True}}, "run.tensorboard: needs tensorboard, which is not installed here"),
+        ({"run": {"wandb_project": "x"}}, "run.wandb_project: needs wandb, which is not installed here"),
+    ],
+)
+def test_a_package_that_a_setting_needs_is_missed_before_the_run(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], expected: str
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (found,) = errors(config(**changes))
+    assert found.startswith(expected)
+    assert errors(config(**changes), here=False) == []
+
+
 def test_named_files_must_exist(tmp_path: Path) -> None:
     run = config(
         data={"files": [str(tmp_path / "corpus"), str(tmp_path / "gone")]},
