@@ -218,7 +218,7 @@ def _around_attention() -> Iterator[Entry]:
 
 def _variants() -> Iterator[Entry]:
     """What context parallelism, sliding windows and full attention compile to."""
-    choices = {
+    choices: dict[str, dict[str, Any]] = {
         "slots": {"HAS_SLOTS": True},
         "window": {"WINDOW": 4096},
         "full": {"CAUSAL": False},
