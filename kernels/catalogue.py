@@ -36,6 +36,7 @@ class Entry:
     meta: Mapping[str, Any]
     dots: bool = False  # tensor cores are promised
     aligned: bool = True  # every global load of a tile is promised 128 bits wide, and none 16
+    scalars: int = 0  # 16-bit loads of one number, such as a bias, which ``aligned`` does not mean
     tma: bool = False  # bulk tensor copies are promised
     variant: str = ""  # what it is besides the usual: the same blocks, other compile-time choices
     specialized: bool = False  # warps with registers of their own are promised, and no spill under any Triton
@@ -124,24 +125,24 @@ def _heads() -> Iterator[Entry]:
     yield Entry(
         "value_head", value.value_head_forward, "value_head_forward", "",
         (*_floats(BF16, 3), *_floats(FP32, 2), pointer(INT8), *_floats(FP32, 2), pointer(INT8), 4096, 8192, 4096, 0.2),
-        {"HAS_BIAS": False, "HAS_LOSS": True, "HAS_CLIP": True, "HAS_MASK": True}, aligned=False,
+        {"HAS_BIAS": False, "HAS_LOSS": True, "HAS_CLIP": True, "HAS_MASK": True},
     )  # fmt: skip
     yield Entry(
         "value_head", value.value_head_backward, "value_head_backward", "",
         (pointer(FP32), *_floats(BF16, 2), *_floats(FP32, 2), *[pointer(INT8)] * 2, pointer(BF16), *_floats(FP32, 2),
          4096, 8192, 4096, 128),
-        {"HAS_LOSS": True, "HAS_MASK": True}, aligned=False,
+        {"HAS_LOSS": True, "HAS_MASK": True},
     )  # fmt: skip
     yield Entry(
         "reward_head", reward.reward_head_forward, "reward_head_forward", "",
         (pointer(BF16), pointer(INT64), *_floats(BF16, 3), *_floats(FP32, 2), 4096, 4096, 1e-5),
-        {"HAS_BIAS": True, "HAS_NORM": True}, aligned=False,
+        {"HAS_BIAS": True, "HAS_NORM": True}, scalars=1,
     )  # fmt: skip
     yield Entry(
         "reward_head", reward.reward_head_backward, "reward_head_backward", "",
         (pointer(FP32), pointer(BF16), pointer(INT64), *_floats(BF16, 3), *_floats(FP32, 2), pointer(BF16),
          *_floats(FP32, 3), 4096, 16, 4096),
-        {"HAS_BIAS": True, "HAS_NORM": True}, aligned=False,
+        {"HAS_BIAS": True, "HAS_NORM": True}, scalars=1,
     )  # fmt: skip
     ranked = (pointer(FP32), *[pointer(INT64)] * 2)
     yield Entry(
