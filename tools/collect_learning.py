@@ -32,7 +32,11 @@ def settings(folder: Path) -> Json:
         config = yaml.safe_load((folder / stage / "config.yaml").read_text(encoding="utf-8"))
         algorithm = {name: value for name, value in config["algorithm"].items() if name not in PLACES}
         critic = (config["algorithm"].get("critic") or {}).get("optim")
-        rates = {"lr": config["optim"]["lr"], **({"critic_lr": critic["lr"]} if critic else {})}
+        rates = {
+            "lr": config["optim"]["lr"],
+            "schedule": config["optim"]["schedule"],
+            **({"critic_lr": critic["lr"]} if critic else {}),
+        }
         found[stage] = {"num_steps": config["run"]["num_steps"], **rates, **algorithm}
     return found
 
