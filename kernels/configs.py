@@ -183,7 +183,8 @@ def lookup(arch: str, kernel: str, key: str) -> Config:
     table = TABLES[SAME_AS.get(arch, arch)][kernel]
     size, _, dtype = key.partition("/")
     above = str(max(1 << (int(size) - 1).bit_length(), WIDTHS[0])) if size.isdigit() else ""
-    for name in (key, f"{above}/{dtype}" if dtype else above, dtype or size, size, above, ""):
+    with_dtype = (key, f"{above}/{dtype}", dtype) if dtype else ()
+    for name in (*with_dtype, size, above, ""):
         if name in table:
             return table[name]
     raise KeyError(f"no blocks for {kernel} {key!r} on {arch}")
