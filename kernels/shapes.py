@@ -35,7 +35,7 @@ class Case:
     forms: Mapping[str, Run]
     work: float  # bytes that must move, or floating-point operations
     unit: str  # "GB/s" or "TFLOP/s"
-    verify: Results  # our results and plain torch's
+    verify: Mapping[str, Results]  # of each form of ours: its outputs and gradients, and plain torch's in fp32
     tolerance: float = field(default=2e-2)
 
 
@@ -76,6 +76,25 @@ def _with_gradients(function: Callable[..., Sequence[Tensor]], inputs: Sequence[
         return torch.autograd.grad(outputs, leaves, directions)
 
     return run
+
+
+def _beside(
+    ours: Callable[..., Sequence[Tensor]], plain: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]
+) -> Results:
+    """Outputs, then the gradients of all inputs, of both; plain torch gets the same numbers in fp32."""
+
+    def verify() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        found: list[list[Tensor]] = []
+        directions: list[Tensor] = []
+        for function, dtype in ((ours, None), (plain, torch.float32)):
+            leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
+            outputs = list(function(*leaves))
+            directions = directions or [torch.randn_like(out) for out in outputs]
+            along = [way.to(out.dtype) for way, out in zip(directions, outputs, strict=True)]
+            found.append([x.detach() for x in outputs] + list(torch.autograd.grad(outputs, leaves, along)))
+        return found[0], found[1]
+
+    return verify
 
 
 def _forms(named: Mapping[str, Callable[..., Sequence[Tensor]]], inputs: Sequence[Tensor]) -> dict[str, Run]:
@@ -148,13 +167,19 @@ def _attention(
         for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION") if device.type == "cuda" else ():
             named[f"sdpa {name.split('_')[0].lower()}"] = sdpa_kernel(getattr(SDPBackend, name))(sdpa)
     flops = sum(2 * 2 * heads * dim * size * size / 2 for size in lengths)
-    size = min(ends[1], 512)  # the naive form holds size x size scores
-    first = torch.tensor([0, size], dtype=torch.int32, device=device)
+    size = min(length, 512)  # the naive form holds size x size scores
+    few = [size // 2, size // 8, size - size // 2 - size // 8] if packed else [size]
+    first = [0, *torch.tensor(few).cumsum(0).tolist()]
 
-    def verify() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        q, k, v = (x[:size] for x in inputs)
-        return attention(q, k, v, first)[:1], _naive_attention(q, k, v, [size])
+    def small(form: dispatch.DenseForm) -> Results:
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
+            with dispatch.use_dense(form):
+                return attention(q, k, v, cu.new_tensor(first), cu_seqlens_q_list=first)[:1]
 
+        return _beside(run, lambda q, k, v: _naive_attention(q, k, v, few), [x[:size] for x in inputs])
+
+    used: dict[str, dispatch.DenseForm] = {"ours": "portable", "ours tma": "tma", "ours specialized": "specialized"}
+    verify = {name: small(form) for name, form in used.items() if name in named}
     shape = f"{rows}x{length} H{heads}/{kv_heads} D{dim} {'packed' if packed else 'dense'}"
     return Case("attention", shape, _forms(named, inputs), flops, "TFLOP/s", verify)
 
@@ -172,7 +197,7 @@ def _decode(device: torch.device, rows: int, length: int, heads: int, kv_heads: 
     moved = 2 * cache[0].numel() * cache[0].element_size()
     return Case(
         "decode_attention", f"{rows} rows x {length} H{heads}/{kv_heads}", forms, moved, "GB/s",
-        lambda: ([decode_attention(q, cache[0], cache[1], lengths)], [naive()]),
+        {"ours": lambda: ([decode_attention(q, cache[0], cache[1], lengths)], [naive()])},
     )  # fmt: skip
 
 
@@ -194,7 +219,7 @@ def _norm(device: torch.device, rows: int, width: int) -> Case:
     moved = 4 * rows * width * inputs[0].element_size()
     return Case(
         "rms_norm", f"{rows} x {width} + residual", _forms(named, inputs), moved, "GB/s",
-        lambda: (ours(*inputs), plain(*inputs)),
+        {"ours": _beside(ours, plain, inputs)},
     )  # fmt: skip
 
 
@@ -203,26 +228,25 @@ def _logprob(device: torch.device, tokens: int, vocab: int, width: int) -> Case:
     targets = torch.randint(0, vocab, (tokens,), device=device)
 
     def ours(hidden: Tensor, weight: Tensor) -> Sequence[Tensor]:
-        return linear_logprob(hidden, weight, targets)
+        return linear_logprob(hidden, weight, targets[: len(hidden)])
 
     def plain(hidden: Tensor, weight: Tensor) -> Sequence[Tensor]:
         table = torch.log_softmax((hidden @ weight.t()).float(), -1)
-        return table.gather(1, targets[:, None])[:, 0], -(table.exp() * table).sum(-1)
+        return table.gather(1, targets[: len(hidden), None])[:, 0], -(table.exp() * table).sum(-1)
 
     named: dict[str, Callable[..., Sequence[Tensor]]] = {"ours": ours, "naive": plain}
     named["bare GEMM"] = lambda hidden, weight: [hidden @ weight.t()]
     if (liger := _liger("transformers", "LigerFusedLinearCrossEntropyLoss", device)) is not None:
         named["Liger CE"] = lambda hidden, weight: [liger(reduction="none")(weight, hidden, targets)]
-    few = [inputs[0][:64], inputs[1]]
-
-    def verify() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        table = torch.log_softmax((few[0] @ few[1].t()).float(), -1)
-        want = table.gather(1, targets[:64, None])[:, 0], -(table.exp() * table).sum(-1)
-        return linear_logprob(few[0], few[1], targets[:64]), want
+    few = _beside(
+        lambda hidden, weight: linear_logprob(hidden, weight, targets[: len(hidden)]),
+        plain,
+        [inputs[0][:64], inputs[1]],
+    )
 
     return Case(
         "linear_logprob", f"{tokens} x {width} x {vocab}", _forms(named, inputs), 2.0 * tokens * vocab * width,
-        "TFLOP/s", verify,
+        "TFLOP/s", {"ours": few},
     )  # fmt: skip
 
 
@@ -233,13 +257,16 @@ def _swiglu(device: torch.device, rows: int, width: int) -> Case:
         gate, up = x.chunk(2, -1)
         return [gate * torch.sigmoid(gate) * up]
 
-    named = _alternatives(device, lambda x: [swiglu(x)], plain)
+    def ours(x: Tensor) -> Sequence[Tensor]:
+        return [swiglu(x)]
+
+    named = _alternatives(device, ours, plain)
     if (liger := _liger("ops.swiglu", "LigerSiLUMulFunction", device)) is not None:
         named["Liger"] = lambda x: [liger.apply(*x.chunk(2, -1))]
     moved = 3 * rows * width * inputs[0].element_size()
     return Case(
         "swiglu", f"{rows} x {width}", _forms(named, inputs), moved, "GB/s",
-        lambda: ([swiglu(*inputs)], plain(*inputs)),
+        {"ours": _beside(ours, plain, inputs)},
     )  # fmt: skip
 
 
@@ -253,11 +280,14 @@ def _rope(device: torch.device, tokens: int, heads: int, dim: int) -> Case:
         first, second = x.chunk(2, -1)
         return [(x * c + torch.cat((-second, first), -1) * s).to(x.dtype)]
 
-    named = _alternatives(device, lambda x: [rope(x, cos, sin, positions)], plain)
+    def ours(x: Tensor) -> Sequence[Tensor]:
+        return [rope(x, cos, sin, positions)]
+
+    named = _alternatives(device, ours, plain)
     moved = 2 * inputs[0].numel() * inputs[0].element_size()
     return Case(
         "rope", f"{tokens} x {heads} x {dim}", _forms(named, inputs), moved, "GB/s",
-        lambda: ([rope(inputs[0], cos, sin, positions)], plain(*inputs)),
+        {"ours": _beside(ours, plain, inputs)},
     )  # fmt: skip
 
 
@@ -287,7 +317,7 @@ def _gae(device: torch.device, rows: int, length: int) -> Case:
     forms: dict[str, Run] = {"ours": ours}
     if device.type != "cuda":
         forms["naive"] = lambda: naive(rewards, values)
-    return Case("gae", f"{rows} x {length}", forms, 16.0 * rows * length, "GB/s", verify)
+    return Case("gae", f"{rows} x {length}", forms, 16.0 * rows * length, "GB/s", {"ours": verify})
 
 
 def _value(device: torch.device, tokens: int, width: int) -> Case:
@@ -306,7 +336,7 @@ def _value(device: torch.device, tokens: int, width: int) -> Case:
     moved = tokens * width * inputs[0].element_size()
     return Case(
         "value_head", f"{tokens} x {width}", _forms(named, inputs), moved, "GB/s",
-        lambda: (ours(*inputs), plain(*inputs)),
+        {"ours": _beside(ours, plain, inputs)},
     )  # fmt: skip
 
 
@@ -326,7 +356,7 @@ def _reward(device: torch.device, rows: int, length: int, width: int) -> list[Ca
 
     head = Case(
         "reward_head", f"{rows} x {length} x {width}", _forms({"ours": ours, "naive": plain}, inputs),
-        2.0 * rows * width * inputs[0].element_size(), "GB/s", lambda: (ours(*inputs), plain(*inputs)),
+        2.0 * rows * width * inputs[0].element_size(), "GB/s", {"ours": _beside(ours, plain, inputs)},
     )  # fmt: skip
 
     def ranked(scores: Tensor) -> Sequence[Tensor]:
@@ -339,6 +369,6 @@ def _reward(device: torch.device, rows: int, length: int, width: int) -> list[Ca
 
     ranking = Case(
         "ranking_loss", f"{rows} rows of 4", _forms(_alternatives(device, ranked, pairs), [scores]), 32.0 * rows,
-        "GB/s", lambda: (ranked(scores), pairs(scores)),
+        "GB/s", {"ours": _beside(ranked, pairs, [scores])},
     )  # fmt: skip
     return [head, ranking]

@@ -6,6 +6,7 @@ import json
 import xml.etree.ElementTree as xml
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,12 +64,53 @@ def test_benchmark_refuses_to_time_an_op_whose_check_is_red(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = torch.ones(3)
-    wrong = replace(_gae_case(), verify=lambda: ([one * 1.5], [one]), forms={"ours": lambda: pytest.fail("timed")})
+    verify = {"ours": lambda: ([one * 1.5], [one])}
+    wrong = replace(_gae_case(), verify=verify, forms={"ours": lambda: pytest.fail("timed")})
     monkeypatch.setattr(shapes, "cases", lambda device: [wrong])
     timings, _, red = bench.bench([], CPU, 1)
     assert timings == []
     assert red == ["gae"]
     assert "RED, not timed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("op", sorted({case.op for case in shapes.cases(CPU)} - {"gae", "decode_attention"}))
+def test_benchmark_checks_gradients_before_it_times_them(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An op whose backward pass is wrong by a factor, and whose forward pass is right, is not timed."""
+    name = {"rms_norm": "add_rms_norm", "value_head": "value_head_loss"}.get(op, op)
+    right = getattr(shapes, name)
+
+    def halved(*inputs: Any, **options: Any) -> Any:
+        return right(*(_HalfGradient.apply(x) if _smooth(x) else x for x in inputs), **options)
+
+    (case, *_) = [case for case in shapes.cases(CPU) if case.op == op]
+    assert bench.check(case, "ours") is None
+    monkeypatch.setattr(shapes, name, halved)
+    assert "differs by 5.0e-01" in (bench.check(case, "ours") or "")
+
+
+def _smooth(x: object) -> bool:
+    return isinstance(x, torch.Tensor) and x.requires_grad
+
+
+class _HalfGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad / 2
+
+
+def test_a_red_form_is_left_out_and_the_others_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = torch.ones(3)
+    verify = {"ours": lambda: ([one], [one]), "ours tma": lambda: ([one * 2], [one])}
+    forms = {"ours both": lambda: one, "ours tma both": lambda: pytest.fail("timed"), "naive both": lambda: one}
+    case = replace(_gae_case(), verify=verify, forms=forms)
+    monkeypatch.setattr(shapes, "cases", lambda device: [case])
+    timings, _, red = bench.bench([], CPU, 1)
+    assert [timing.form for timing in timings] == ["ours both", "naive both"]
+    assert red == ["gae"]
 
 
 def test_benchmark_checks_and_times_every_form_and_writes_json(
