@@ -23,6 +23,8 @@ from kernels.value_head import triton as value
 
 BF16, FP32, INT32, INT64, INT8 = torch.bfloat16, torch.float32, torch.int32, torch.int64, torch.int8
 
+MMA = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}  # each architecture's newest
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -34,7 +36,8 @@ class Entry:
     key: str  # of the blocks in the kernel's table
     args: tuple[Any, ...]
     meta: Mapping[str, Any]
-    dots: bool = False  # tensor cores are promised
+    dots: bool = False  # tensor cores are promised: the architecture's own kind
+    warp_dots: bool = False  # but of a warp, not a warp group: too few rows, or registers, for sm_90's and sm_100's
     aligned: bool = True  # every global load of a tile is promised 128 bits wide, and none 16
     scalars: int = 0  # 16-bit loads of one number, such as a bias, which ``aligned`` does not mean
     tma: bool = False  # bulk tensor copies are promised
@@ -47,6 +50,12 @@ class Entry:
         """A name for tables of results."""
         inside = ", ".join(filter(None, (self.key, self.variant)))
         return f"{self.name}[{inside}]" if inside else self.name
+
+    def promised_mma(self, arch: str) -> str | None:
+        """The kind of tensor-core instruction this kernel must have there; None: none is promised."""
+        if not self.dots:
+            return None
+        return "HMMA" if self.warp_dots and arch.startswith("sm_") else MMA[arch]
 
     def launch_meta(self, arch: str, table: Mapping[str, int] | None = None) -> dict[str, Any]:
         """The keyword arguments of a launch on this architecture, or with these blocks instead of the table's."""
@@ -78,6 +87,7 @@ def _attention(dim: int, dtype: torch.dtype = BF16) -> Iterator[Entry]:
     yield Entry(
         "attention", attention.attention_dkdv, "attention_dkdv", key, (*back, *_floats(dtype, 2), *tail),
         {**meta, "CHUNK": attention.SLOT_CHUNK}, dots=dtype != FP32, aligned=exact,
+        warp_dots=dim > 128,  # the sums of blocks for a warp group spill there (125 instructions at the least)
     )  # fmt: skip
     yield Entry(
         "attention", attention.attention_dq, "attention_dq", key, (*back, pointer(dtype), *tail), meta,
@@ -91,7 +101,7 @@ def _attention(dim: int, dtype: torch.dtype = BF16) -> Iterator[Entry]:
     yield Entry(
         "attention", attention.decode_split, "decode_split", key,
         (*_floats(dtype, 3), pointer(INT64), *_floats(FP32, 2), heads * dim, dim, *cache, *cache, 8, 4096, 0.088),
-        decode, dots=dtype != FP32, aligned=exact,
+        decode, dots=dtype != FP32, warp_dots=True, aligned=exact,
     )  # fmt: skip
 
 
@@ -161,7 +171,7 @@ def _logprob(dtype: torch.dtype) -> Iterator[Entry]:
     meta = {"ENTROPY": True, "PRECISION": "ieee" if dtype == FP32 else "tf32"}
     yield Entry(
         "linear_logprob", logprob.logprob_forward, "logprob_forward", key,
-        (*_floats(dtype, 2), pointer(INT64), *_floats(FP32, 3), 8192, 151936, 4096, 8960, 0, 4096, 4096, 1.0), meta,
+        (*_floats(dtype, 2), pointer(INT64), *_floats(FP32, 4), 8192, 151936, 4096, 8960, 0, 4096, 4096, 1.0), meta,
         dots=dtype != FP32, aligned=dtype != FP32,
     )  # fmt: skip
     yield Entry(

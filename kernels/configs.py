@@ -127,7 +127,7 @@ _TABLES: dict[str, Table] = {
         "attention_dq": {
             "64": _blocks(8, 2, BM=128, BN=64),
             "128": _blocks(8, 2, BM=128, BN=64),
-            "256": _blocks(8, 1, BM=32, BN=64),
+            "256": _blocks(8, 2, BM=128, BN=32),
             "fp32": _blocks(8, 1, BM=16, BN=16),
         },
         "decode_split": {

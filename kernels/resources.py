@@ -87,8 +87,9 @@ def broken_promises(entry: Entry, arch: str, row: Row, *, spills: bool = True) -
         found.append(f"{row['spills']} spill instructions, budget {budget}")
     if row["shared"] > offline.SHARED_PER_BLOCK[arch]:
         found.append(f"{row['shared']} bytes of shared memory do not fit {offline.SHARED_PER_BLOCK[arch]}")
-    if entry.dots and not row["mma"]:
-        found.append("no tensor-core instruction")
+    kind = entry.promised_mma(arch)
+    if kind is not None and not row["mma"].get(kind):
+        found.append(f"no {kind}, the tensor-core instruction promised (found: {row['mma'] or 'none'})")
     if entry.tma and not row["tma"]:
         found.append("no bulk tensor copy")
     if entry.specialized and not row["setmaxnreg"]:

@@ -1,7 +1,7 @@
-"""Propose blocks for an architecture: compile the candidates, drop what spills or does not fit, time the rest.
+"""Propose blocks for an architecture: compile the candidates, drop what spills or does not fit, order the rest.
 
-Without a device of that architecture the survivors are listed and none is chosen: a static score prunes, it does not
-pick.
+The order is a guess from registers, shared memory and traffic: it prunes, it does not pick.  What decides is
+``python -m kernels.bench`` on a device, with a proposal put into ``configs.py``.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ def _logits(
 
 @triton.jit
 def logprob_forward(
-    hidden_ptr, weight_ptr, target_ptr, lse_ptr, picked_ptr, spread_ptr, num_tokens, num_rows, width, rows_each,
-    vocab_start, stride_h, stride_w, inverse_temperature,
+    hidden_ptr, weight_ptr, target_ptr, highest_ptr, total_ptr, picked_ptr, spread_ptr, num_tokens, num_rows, width,
+    rows_each, vocab_start, stride_h, stride_w, inverse_temperature,
     ENTROPY: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * BT + tl.arange(0, BT)
@@ -72,7 +72,8 @@ def logprob_forward(
         picked += tl.sum(tl.where(hit, logit, 0.0), 1)
         highest = higher
     place = split.to(tl.int64) * num_tokens + token
-    tl.store(lse_ptr + place, highest + tl.log(total), mask=token < num_tokens)
+    tl.store(highest_ptr + place, highest, mask=token < num_tokens)
+    tl.store(total_ptr + place, total, mask=token < num_tokens)
     tl.store(picked_ptr + place, picked, mask=token < num_tokens)
     if ENTROPY:
         tl.store(spread_ptr + place, tl.log(total) - moment / total, mask=token < num_tokens)
@@ -144,21 +145,37 @@ def forward(
     splits = max(min(triton.cdiv(valid_rows, config["BV"]), triton.cdiv(PROGRAMS, max(blocks, 1))), 1)
     rows_each = triton.cdiv(triton.cdiv(valid_rows, splits), config["BV"]) * config["BV"]
     splits = triton.cdiv(valid_rows, rows_each) if valid_rows else 0
-    lse, picked = (hidden.new_empty((splits, num_tokens), dtype=torch.float32) for _ in range(2))
-    spread = torch.empty_like(lse) if entropy else lse
+    highest, total, picked = (hidden.new_empty((splits, num_tokens), dtype=torch.float32) for _ in range(3))
+    spread = torch.empty_like(total) if entropy else total
     launch(
         logprob_forward, (blocks, splits),
-        hidden, weight, targets.contiguous(), lse, picked, spread, num_tokens, valid_rows, width, rows_each,
+        hidden, weight, targets.contiguous(), highest, total, picked, spread, num_tokens, valid_rows, width, rows_each,
         vocab_start, hidden.stride(0), weight.stride(0), 1.0 / temperature, ENTROPY=entropy,
         PRECISION=_precision(hidden), **config,
     )  # fmt: skip
-    whole = lse.logsumexp(0)
+    lse, average = _whole(highest, total, spread if entropy else None)
     target = picked.sum(0)
-    log_share = lse - whole
-    average = (torch.exp(log_share) * (spread - log_share)).sum(0) if entropy else torch.zeros_like(whole)
     if mask is not None:
-        whole, target, average = (x.masked_fill(~mask, 0.0) for x in (whole, target, average))
-    return whole, target, average
+        lse, target, average = (x.masked_fill(~mask, 0.0) for x in (lse, target, average))
+    return lse, target, average
+
+
+def _whole(highest: Tensor, total: Tensor, spread: Tensor | None) -> tuple[Tensor, Tensor]:
+    """lse and entropy, [T], of all ranges from each one's maximum, sum and entropy, [ranges, T].
+
+    Shares come from differences of maxima, not of two lse: a large lse has lost the digits that entropy needs.
+    """
+    if not highest.shape[0]:
+        nothing = torch.zeros_like(highest.sum(0))
+        return nothing - torch.inf, nothing
+    top = highest.amax(0)
+    scaled = total * torch.exp(highest - top)
+    whole = scaled.sum(0)
+    lse = top + torch.log(whole)
+    if spread is None:
+        return lse, torch.zeros_like(lse)
+    log_share = (highest - top) + torch.log(total) - torch.log(whole)
+    return lse, (scaled / whole * (spread - log_share)).sum(0)
 
 
 def backward(

@@ -156,6 +156,8 @@ def _logprob() -> dict[str, Proof]:
             f"chunks of an odd vocabulary {tag}": partial(prove_logprob, 11, 77, 40, dtype, chunk=24),
         }
     return cases | {
+        "huge logits bf16": partial(prove_logprob, 8, 64, 32, BF16, size=60.0),  # up to 210: exp overflows at 88.7
+        "huge whole logits fp32": partial(prove_logprob, 8, 200, 32, FP32, size=60.0, whole=True, programs=4),
         "all masked": partial(prove_logprob, 5, 40, 32, FP32, masked="all"),
         "one token, one row": partial(prove_logprob, 1, 1, 32, FP32),
         "strided odd hidden and weight": partial(prove_logprob, 5, 40, 48, FP32, strided=True),

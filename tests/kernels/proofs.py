@@ -311,18 +311,22 @@ def prove_rope(tokens: int, heads: int, dim: int, dtype: torch.dtype, *, strided
 def prove_logprob(
     tokens: int, vocab: int, width: int, dtype: torch.dtype, *, temperature: float = 1.0, valid: int | None = None,
     masked: str = "none", size: float = 1.0, entropy: bool = True, strided: bool = False, programs: int = 1056,
-    chunk: int = 8192,
+    chunk: int = 8192, whole: bool = False,
 ) -> None:  # fmt: skip
     """Log-probability, entropy and the gradients of both for hidden and weight; and their bounds.
 
     ``programs``: how many the forward pass aims at; few, and each walks over several blocks of the vocabulary.
     ``chunk``: rows of the vocabulary whose gradients exist at a time.  ``strided``: hidden and weight are slices.
+    ``whole``: all numbers are whole, so the logits are exact and the error is the softmax's own; the forward pass only
+    (a gradient carries the rounding of lse: 4e-6 of it at 100, in any form that keeps lse in fp32).
     """
     rows = vocab if valid is None else valid
     targets = torch.arange(tokens) * 13 % rows
     mask = {"none": None, "some": torch.arange(tokens) % 3 != 1, "all": torch.zeros(tokens, dtype=torch.bool)}[masked]
     hidden = normal(tokens, width * (2 if strided else 1), scale=size / math.sqrt(width))
     weight = normal(vocab, width + (5 if strided else 0), seed=1)
+    if whole:
+        hidden, weight = hidden.round(), weight.round()
     form = dispatch.triton_form("linear_logprob")
 
     def kernel(hidden: Tensor, weight: Tensor) -> Sequence[Tensor]:
@@ -349,7 +353,7 @@ def prove_logprob(
         return found if entropy else found[:1]
 
     with patch.object(form, "CHUNK_ROWS", chunk):  # the backward pass reads it, after kernel() has returned
-        compare(kernel, plain, (hidden, weight), dtype)
+        compare(kernel, plain, (hidden, weight), dtype, grads=0 if whole else -1)
 
 
 def prove_logprob_shard(dtype: torch.dtype) -> None:

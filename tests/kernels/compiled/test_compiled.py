@@ -75,6 +75,21 @@ def test_committed_table_is_of_this_source_and_keeps_every_promise(arch: str) ->
     assert not broken
 
 
+@pytest.mark.parametrize(
+    ("arch", "label", "other"),
+    [
+        ("sm_90", "attention_dq[256]", "HMMA"),
+        ("sm_90", "decode_split[128]", "HGMMA"),
+        ("gfx942", "logprob_forward", ""),
+    ],
+)
+def test_another_kind_of_tensor_core_instruction_breaks_the_promise(arch: str, label: str, other: str) -> None:
+    entry, row = resources.by_label()[label], resources.load()["rows"][arch][label]
+    assert not resources.broken_promises(entry, arch, row)
+    (broken,) = resources.broken_promises(entry, arch, {**row, "mma": {other: 9} if other else {}})
+    assert "the tensor-core instruction promised" in broken
+
+
 def test_every_kernel_of_the_tables_is_compiled() -> None:
     for arch in BLOCKING:
         assert set(configs.TABLES[arch]) == {entry.name for entry in entries() if arch in entry.only}
