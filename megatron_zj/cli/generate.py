@@ -38,7 +38,8 @@ def main(argv: Sequence[str]) -> int:
 
 def generate_answers(config: GenerationConfig, process: Process) -> None:
     """Collective over the world; rank 0 writes, and the file appears whole or not at all."""
-    found = read_raw(config.data.files, "prompts", config.data.format, config.data.on_bad_record)
+    places: list[str] = []
+    found = read_raw(config.data.files, "prompts", config.data.format, config.data.on_bad_record, places)
     records = [record for record in found if isinstance(record, PromptRecord)]
     records = records[: config.limit] if config.limit else records
     model = LoadedModel(config, process)
@@ -48,7 +49,7 @@ def generate_answers(config: GenerationConfig, process: Process) -> None:
     def show(done: int) -> None:
         bar.update(done - bar.n)
 
-    answers = model.answers(prompts, config.sampling, show)
+    answers = model.answers(prompts, config.sampling, show, places)
     bar.close()
     if process.rank == 0:
         target = config.run.dir / ANSWERS

@@ -103,10 +103,14 @@ class LoadedModel:
         prompts: Sequence[Sequence[int]],
         sampling: SamplingConfig,
         on_progress: Callable[[int], None] | None = None,
+        places: Sequence[str] | None = None,
     ) -> list[tuple[list[int], bool]]:
-        """Sampled ids after each prompt, the stop token or string included, and whether there was one."""
+        """Sampled ids after each prompt, the stop token or string included, and whether there was one.
+
+        ``places``: where each prompt is from, for errors; else they are numbered.
+        """
         self._require("lm", "answers")
-        self._require_room(prompts, sampling.max_new_tokens)
+        self._require_room(prompts, sampling.max_new_tokens, places)
         rollout = Rollout(sampling, frozenset({self.tokenizer.eos_id}), self.seed, self.text)
         answers: list[tuple[list[int], bool]] = []
         for start, chunk in _chunks(prompts):
@@ -125,9 +129,11 @@ class LoadedModel:
         prompts: Sequence[Sequence[int]],
         sampling: SamplingConfig,
         on_progress: Callable[[int], None] | None = None,
+        places: Sequence[str] | None = None,
     ) -> list[tuple[str, bool]]:
-        """Sampled texts, and whether each ended by itself."""
-        return [(self.text(ids), ended) for ids, ended in self.continuations(prompts, sampling, on_progress)]
+        """Sampled texts, and whether each ended by itself; the arguments of ``continuations``."""
+        found = self.continuations(prompts, sampling, on_progress, places)
+        return [(self.text(ids), ended) for ids, ended in found]
 
     def text(self, ids: Sequence[int]) -> str:
         """What the ids say.  A model may have rows that the tokenizer has no piece for; such an id says nothing."""
@@ -169,13 +175,16 @@ class LoadedModel:
                 ]
             )
 
-    def _require_room(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    def _require_room(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, places: Sequence[str] | None
+    ) -> None:
         positions = self.info.model.max_position_embeddings
-        for number, prompt in enumerate(prompts, start=1):
+        for index, prompt in enumerate(prompts):
             if len(prompt) + max_new_tokens > positions:
+                name = f"prompt {index + 1}" if places is None else f"{places[index]}: the prompt"
                 raise ConfigError(
                     [
-                        f"prompt {number} ({self.text(prompt)[:_SHOWN]!r} ...) has {len(prompt)} tokens, and with "
+                        f"{name} ({self.text(prompt)[:_SHOWN]!r} ...) has {len(prompt)} tokens, and with "
                         f"sampling.max_new_tokens = {max_new_tokens} that is more than the model's {positions} "
                         "positions; shorten the prompt or lower sampling.max_new_tokens"
                     ]

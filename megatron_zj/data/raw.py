@@ -55,20 +55,24 @@ def usable(path: Path, items: Iterable[Item], convert: Callable[[Item], T], on_b
         _log.warning("left out %d bad records of %s, such as: %s", len(left_out), path, first)
 
 
-def read_raw(files: Sequence[str], kind: Kind, form: str, on_bad_record: OnBadRecord) -> list[Record]:
+def read_raw(
+    files: Sequence[str], kind: Kind, form: str, on_bad_record: OnBadRecord, places: list[str] | None = None
+) -> list[Record]:
     """The records of ``files`` in order, as ``kind`` (a dialogue read as a prompt loses its last answer).
 
-    ``form``: a name of data/formats, or auto.  Raises DataError at a record that cannot be used, or leaves it out, as
-    ``on_bad_record`` says, and where no record is left.
+    ``form``: a name of data/formats, or auto.  ``places`` takes file and line of each record.  Raises DataError at a
+    record that cannot be used, or leaves it out, as ``on_bad_record`` says, and where no record is left.
     """
     found: list[Record] = []
     for path in map(Path, raw_files(files)):
         chosen = choose_format(path, form)
 
-        def convert(item: Item, chosen: Any = chosen) -> Record:
+        def convert(item: Item, chosen: Any = chosen, path: Path = path) -> Record:
             record = convert_item(item, chosen, kind)
             if isinstance(record, PromptRecord | DialogueRecord):
                 check_order(record.messages, "user" if isinstance(record, PromptRecord) else "assistant")
+            if places is not None:
+                places.append(f"{path}:{item.line}")
             return record
 
         found += usable(path, raw_items(path, chosen), convert, on_bad_record)

@@ -60,8 +60,11 @@ def test_generate_refuses_a_reward_model_and_a_prompt_without_room(world: Path) 
     outcome = zj(["generate", *_asks(world, "refused", checkpoint__load=world / "reward")])
     assert outcome.code == 1
     assert "is a reward model and gives no answers; load a language model" in outcome.error
-    outcome = zj(["generate", *_asks(world, "refused", sampling__max_new_tokens=510)])
-    assert "prompt 1 (" in outcome.error
+    long = world / "long.jsonl"
+    long.write_text("\n".join(json.dumps({"prompt": text}) for text in ("咳嗽", "头痛" * 600)), encoding="utf-8")
+    outcome = zj(["generate", *_asks(world, "refused", data__files=f"[{long}]")])
+    assert outcome.code == 1
+    assert f"{long}:2: the prompt ('" in outcome.error
     assert "more than the model's 512 positions; shorten the prompt or lower sampling.max_new_tokens" in outcome.error
     assert not (world / "refused/answers.jsonl").exists()
 
