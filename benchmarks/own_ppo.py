@@ -24,11 +24,12 @@ from torch import Tensor
 
 from megatron_zj.algorithms.ppo import PPO, PPORoles
 from megatron_zj.algorithms.shaping import ScoreScale, Shaping
-from megatron_zj.config.algorithm import PPOConfig, SamplingConfig
+from megatron_zj.config.algorithm import PPOConfig
 from megatron_zj.config.derived import ALL
 from megatron_zj.config.model import HeadKind, ModelConfig
 from megatron_zj.config.optim import EngineConfig, OptimConfig
 from megatron_zj.config.parallel import ParallelConfig
+from megatron_zj.config.sampling import SamplingConfig
 from megatron_zj.data.batch import Batch, Rows
 from megatron_zj.engine.build import build_engine
 from megatron_zj.engine.decode import Decoder

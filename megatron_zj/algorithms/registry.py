@@ -23,9 +23,9 @@ from megatron_zj.config.algorithm import (
     PretrainConfig,
     RejectionConfig,
     RewardConfig,
-    SamplingConfig,
     SFTConfig,
 )
+from megatron_zj.config.sampling import SamplingConfig
 from megatron_zj.data.stream import Stream
 from megatron_zj.engine.objective import Metrics
 from megatron_zj.roles.role import Role

@@ -20,9 +20,9 @@ from megatron_zj.checkpoint.retention import CHECKPOINTS
 from megatron_zj.checkpoint.save import Checkpointer
 from megatron_zj.checkpoint.shared import require_shared
 from megatron_zj.config import derived
-from megatron_zj.config.algorithm import SamplingConfig
 from megatron_zj.config.loader import ConfigError, to_dict
 from megatron_zj.config.run import RunConfig
+from megatron_zj.config.sampling import SamplingConfig
 from megatron_zj.data.stream import Stream, build_stream
 from megatron_zj.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_zj.engine.build import build_engine

@@ -8,9 +8,9 @@ from typing import TextIO
 
 from megatron_zj.cli.inference import LoadedModel, compose_inference, help_text, wants_help
 from megatron_zj.cli.main import guarded
-from megatron_zj.config.algorithm import SamplingConfig
 from megatron_zj.config.inference import InferenceConfig
 from megatron_zj.config.loader import ConfigError
+from megatron_zj.config.sampling import SamplingConfig
 from megatron_zj.data.chat import Message, render_prompt
 from megatron_zj.runtime.distributed import session, world_size_of_environment
 

@@ -15,7 +15,6 @@ import torch
 from megatron_zj.checkpoint.load import agreed_newest, load
 from megatron_zj.checkpoint.manifest import TOKENIZER, Manifest, RoleInfo, read_manifest, read_tokenizer
 from megatron_zj.cli.prepare import settings
-from megatron_zj.config.algorithm import SamplingConfig
 from megatron_zj.config.data import TokenizerConfig
 from megatron_zj.config.derived import ALL
 from megatron_zj.config.inference import InferenceConfig, SourceConfig
@@ -23,6 +22,7 @@ from megatron_zj.config.loader import ConfigError, to_dict
 from megatron_zj.config.loader import load as load_config
 from megatron_zj.config.model import HeadKind
 from megatron_zj.config.optim import EngineConfig
+from megatron_zj.config.sampling import SamplingConfig
 from megatron_zj.data.batch import Batch, Rows
 from megatron_zj.data.chat import ChatTemplate, chat_template
 from megatron_zj.data.stream import share

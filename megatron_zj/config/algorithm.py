@@ -10,6 +10,8 @@ from typing import ClassVar, Literal
 from megatron_zj.config.health import HealthConfig
 from megatron_zj.config.model import HeadKind
 from megatron_zj.config.optim import EngineConfig, OptimConfig
+from megatron_zj.config.ranges import check_ranges
+from megatron_zj.config.sampling import SamplingConfig
 
 Aggregation = Literal["token", "sequence"]
 KLEstimator = Literal["k1", "k2", "k3", "abs"]
@@ -36,36 +38,6 @@ class RoleConfig:
     optim: OptimConfig | None = None  # None: the run's ``optim`` (a frozen role has none either way)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """How responses are drawn from the policy."""
-
-    max_new_tokens: int = 64  # tokens of a response, eos included
-    min_new_tokens: int = 0  # eos is forbidden before this many tokens
-    temperature: float = 1.0  # 0: greedy
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0  # nucleus: likeliest tokens up to this probability; 1: off
-    repetition_penalty: float = 1.0  # CTRL (Keskar et al. 2019); 1: off
-    max_batch_rows: int = 64  # rows decoded at once, a data-parallel rank
-    stop_strings: tuple[str, ...] = ()  # a row ends once its text holds one of these, which stays in it
-    cuda_graphs: bool = True  # replay decoding steps as CUDA graphs where device and layout allow it
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            raise ValueError(
-                f"need 0 <= min_new_tokens <= max_new_tokens >= 1, got {self.min_new_tokens}, {self.max_new_tokens}"
-            )
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
-            raise ValueError("need temperature >= 0, top_k >= 0, 0 < top_p <= 1, repetition_penalty > 0")
-        if self.max_batch_rows < 1:
-            raise ValueError(f"max_batch_rows must be >= 1, got {self.max_batch_rows}")
-        if any(not string or "\ufffd" in string for string in self.stop_strings):
-            raise ValueError(
-                f"stop_strings must be texts of at least one whole character, got {list(self.stop_strings)}; "
-                "U+FFFD is what half a character decodes to"
-            )
-
-
 LM_FROM_SCRATCH: Mapping[str, RoleKind] = {"model": RoleKind(needs_weights=False)}
 POLICY, REFERENCE = RoleKind(), RoleKind(trains=False)
 JUDGE = RoleKind(head="score", trains=False, start="own")
@@ -76,6 +48,9 @@ class DatasetConfig:
     """What every algorithm that learns from a data set as it stands has."""
 
     global_batch_size: int = 8  # rows, dialogues or prompts with their ranked answers, an optimizer step
+
+    def __post_init__(self) -> None:
+        check_ranges(self, global_batch_size="[1, inf)")
 
     @property
     def update_size(self) -> tuple[str, int]:
@@ -135,8 +110,8 @@ class RewardConfig(DatasetConfig):
     model: RoleConfig = RoleConfig()
 
     def __post_init__(self) -> None:
-        if self.margin < 0 or self.centering < 0:
-            raise ValueError(f"need margin >= 0 and centering >= 0, got {self.margin}, {self.centering}")
+        super().__post_init__()
+        check_ranges(self, margin="[0, inf)", centering="[0, inf)")
         if self.margin and self.loss == "plackett_luce":
             raise ValueError("margin has no meaning for loss plackett_luce, which compares no pairs; set margin: 0")
 
@@ -163,8 +138,8 @@ class DPOConfig(DatasetConfig):
     reference: RoleConfig = RoleConfig()
 
     def __post_init__(self) -> None:
-        if self.beta <= 0 or not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"need beta > 0 and 0 <= label_smoothing < 0.5, got {self.beta}, {self.label_smoothing}")
+        super().__post_init__()
+        check_ranges(self, beta="(0, inf)", label_smoothing="[0, 0.5)")
 
     @property
     def data_kind(self) -> str:
@@ -183,12 +158,15 @@ class ParityConfig:
     mean: float | None = 0.05  # mean difference; None: not checked
     k3: float | None = None  # k3 estimate of KL(rollout || training), per token; None: not checked
 
+    def __post_init__(self) -> None:
+        check_ranges(self, max="(0, inf)", mean="(0, inf)", k3="(0, inf)")
+
 
 @dataclass(frozen=True, kw_only=True)
 class OnPolicyConfig:
     """What every algorithm that learns from its own samples has."""
 
-    sampling: SamplingConfig = SamplingConfig()
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     prompts_per_step: int = 32  # prompts drawn an iteration, over all ranks
     samples_per_prompt: int = 1  # responses to each prompt
     epochs: int = 2  # passes over a step's samples
@@ -206,11 +184,9 @@ class OnPolicyConfig:
     health: HealthConfig = field(default_factory=HealthConfig)
 
     def __post_init__(self) -> None:
-        for name in ("prompts_per_step", "samples_per_prompt", "epochs", "minibatch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.score_clip is not None and self.score_clip <= 0:
-            raise ValueError(f"score_clip must be > 0 or null, got {self.score_clip}")
+        at_least_one = dict.fromkeys(("prompts_per_step", "samples_per_prompt", "epochs", "minibatch_size"), "[1, inf)")
+        at_least_none = dict.fromkeys(("missing_eos_penalty", "length_penalty", "length_free"), "[0, inf)")
+        check_ranges(self, **at_least_one, **at_least_none, score_clip="(0, inf)")
 
     @property
     def data_kind(self) -> str:
@@ -256,10 +232,17 @@ class PolicyGradientConfig(OnPolicyConfig):
                 f"minibatch_size {self.minibatch_size} must divide prompts_per_step x samples_per_prompt = "
                 f"{self.num_samples}"
             )
-        if self.clip_ratio <= 0 or (self.clip_high is not None and self.clip_high <= 0):
-            raise ValueError(f"need clip_ratio > 0 and clip_high > 0, got {self.clip_ratio}, {self.clip_high}")
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise ValueError(f"dual_clip must be > 1 or null, got {self.dual_clip}")
+        check_ranges(
+            self,
+            kl_coef="[0, inf)",
+            kl_target="(0, inf)",
+            clip_ratio="(0, 1]",
+            clip_high="(0, inf)",
+            dual_clip="(1, inf)",
+            entropy_coef="[0, inf)",
+            importance_cap="(0, inf)",
+            early_stop_kl="(0, inf)",
+        )
         if self.importance_cap is not None and not self.recompute_logprobs:
             raise ValueError("importance_cap compares training with rollout: it needs recompute_logprobs: true")
 
@@ -294,8 +277,16 @@ class PPOConfig(PolicyGradientConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kl_controller == "adaptive" and (self.kl_target is None or self.kl_horizon < 1):
-            raise ValueError("kl_controller adaptive needs kl_target (nats a sequence) and kl_horizon >= 1")
+        check_ranges(
+            self,
+            gamma="[0, 1]",
+            lam="[0, 1]",
+            kl_horizon="[1, inf)",
+            clip_value="(0, inf)",
+            critic_warmup_steps="[0, inf)",
+        )
+        if self.kl_controller == "adaptive" and self.kl_target is None:
+            raise ValueError("kl_controller adaptive needs kl_target (nats a sequence)")
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError(
                 "kl_in loss with kl_estimator k1 does nothing: the expected gradient of log pi - log pi_ref is 0; "
@@ -361,8 +352,7 @@ class RejectionConfig(OnPolicyConfig):
                 f"minibatch_size {self.minibatch_size} must divide prompts_per_step {self.prompts_per_step}: "
                 "one answer a prompt is kept"
             )
-        if self.keep < 1:
-            raise ValueError(f"keep must be >= 1, got {self.keep}")
+        check_ranges(self, keep="[1, inf)")
         for one in fields(self) if self.source == "filter" else ():
             default = one.default if one.default_factory is MISSING else one.default_factory()
             if one.name not in _FILTER_USES and getattr(self, one.name) != default:

@@ -239,9 +239,6 @@ def _lengths(config: RunConfig) -> Iterator[Finding]:
 def _batches(config: RunConfig, blocks: list[Block]) -> Iterator[Finding]:
     """Every data-parallel rank gets something to do at every step."""
     key, units = rows_per_update(config)
-    if units < 1:
-        yield Finding(key=key, message=f"must be >= 1, got {units}")
-        return
     for block in blocks:
         if units < block.dp:
             yield Finding(

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_zj.config.algorithm import OnPolicyConfig, RoleConfig, SamplingConfig
+from megatron_zj.config.algorithm import OnPolicyConfig, RoleConfig
 from megatron_zj.config.data import CorpusConfig
 from megatron_zj.config.model import HeadKind, ModelConfig
 from megatron_zj.config.optim import EngineConfig
 from megatron_zj.config.parallel import ParallelConfig, PlacementConfig
 from megatron_zj.config.run import RunConfig
+from megatron_zj.config.sampling import SamplingConfig
 
 ALL = "all"  # the placement that is every rank, laid out by RunConfig.parallel
 

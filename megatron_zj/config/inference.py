@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megatron_zj.config.algorithm import SamplingConfig
 from megatron_zj.config.data import FormatName, OnBadRecord, Template, TokenizerConfig
 from megatron_zj.config.loader import ConfigError
 from megatron_zj.config.optim import ForwardConfig
 from megatron_zj.config.parallel import ParallelConfig
 from megatron_zj.config.ranges import check_ranges
 from megatron_zj.config.run import OutputSettings, ProcessSettings
+from megatron_zj.config.sampling import SamplingConfig
 
 Suite = Literal["exam", "clinic", "preference", "safety", "dialogue", "ner", "cami", "mica"]
 

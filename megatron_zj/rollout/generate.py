@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_zj.config.algorithm import SamplingConfig
+from megatron_zj.config.sampling import SamplingConfig
 from megatron_zj.data.batch import Batch, Rows
 from megatron_zj.engine.decode import Decoder
 from megatron_zj.engine.engine import Engine

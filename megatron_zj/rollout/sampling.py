@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_zj.config.algorithm import SamplingConfig
+from megatron_zj.config.sampling import SamplingConfig
 from megatron_zj.runtime.seed import keyed_generator
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_zj.config.algorithm import PPOConfig, SamplingConfig
+from megatron_zj.config.algorithm import PPOConfig
+from megatron_zj.config.sampling import SamplingConfig
 from megatron_zj.rollout.sampling import draw, sample_noise
 from megatron_zj.runtime.seed import keyed_generator
 from tests.algorithms.plain_optimizer import adamw, apply_gradients

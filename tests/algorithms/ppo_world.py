@@ -11,8 +11,9 @@ from torch import Tensor
 
 from megatron_zj.algorithms.ppo import PPO, PPORoles
 from megatron_zj.algorithms.shaping import ScoreScale, Shaping
-from megatron_zj.config.algorithm import PPOConfig, SamplingConfig
+from megatron_zj.config.algorithm import PPOConfig
 from megatron_zj.config.model import HeadKind, ModelConfig
+from megatron_zj.config.sampling import SamplingConfig
 from megatron_zj.data.batch import Batch, Rows
 from megatron_zj.engine.build import build_engine
 from megatron_zj.engine.objective import Metrics

@@ -10,7 +10,8 @@ import torch
 from megatron_zj.algorithms.grpo import GRPO
 from megatron_zj.algorithms.rejection import BestOfAll, BestOfN
 from megatron_zj.algorithms.shaping import Shaping
-from megatron_zj.config.algorithm import GRPOConfig, RejectionConfig, SamplingConfig
+from megatron_zj.config.algorithm import GRPOConfig, RejectionConfig
+from megatron_zj.config.sampling import SamplingConfig
 from megatron_zj.data.batch import Batch, Rows
 from megatron_zj.roles.world import World
 from megatron_zj.runtime.seed import keyed_generator

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_zj.algorithms.grpo import GRPO
 from megatron_zj.algorithms.rejection import BestOfAll
 from megatron_zj.algorithms.shaping import ScoreError, Shaping
-from megatron_zj.config.algorithm import SamplingConfig
+from megatron_zj.config.sampling import SamplingConfig
 from megatron_zj.engine.totals import NonFiniteError
 from megatron_zj.roles.exchange import Pending
 from megatron_zj.roles.world import World

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_zj.config.algorithm import SamplingConfig
+from megatron_zj.config.sampling import SamplingConfig
 from megatron_zj.engine.build import build_engine
 from megatron_zj.roles.exchange import Exchange
 from megatron_zj.roles.placement import build_placements

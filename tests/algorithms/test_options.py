@@ -17,11 +17,12 @@ from megatron_zj.algorithms.health import CHECKS, Health, HealthError
 from megatron_zj.algorithms.objectives import PolicyObjective
 from megatron_zj.algorithms.rules import RULES, Answer, chosen_rules
 from megatron_zj.algorithms.shaping import ScoreError, ScoreScale, Shaping
-from megatron_zj.config.algorithm import GRPOConfig, ParityConfig, PPOConfig, RejectionConfig, SamplingConfig
+from megatron_zj.config.algorithm import GRPOConfig, ParityConfig, PPOConfig, RejectionConfig
 from megatron_zj.config.checks import check
 from megatron_zj.config.health import HealthConfig
 from megatron_zj.config.loader import ConfigError, load
 from megatron_zj.config.run import RunConfig
+from megatron_zj.config.sampling import SamplingConfig
 from megatron_zj.data.batch import Batch, Rows
 from megatron_zj.data.packing import pack
 from megatron_zj.roles.world import WorldBatch
@@ -228,7 +229,15 @@ def test_an_alarm_that_holds_stops_the_run_when_told_to() -> None:
     [
         (lambda: PPOConfig(kl_in="loss"), "take k2 or k3"),
         (lambda: PPOConfig(kl_controller="adaptive"), "needs kl_target"),
-        (lambda: PPOConfig(dual_clip=0.9), "dual_clip must be > 1"),
+        (lambda: PPOConfig(dual_clip=0.9), "dual_clip: must be > 1, got 0.9"),
+        (lambda: PPOConfig(gamma=1.5, lam=-0.1), r"gamma: must be in \[0, 1\], got 1.5\nlam: must be"),
+        (lambda: PPOConfig(clip_value=0.0), "clip_value: must be > 0"),
+        (lambda: PPOConfig(critic_warmup_steps=-1), "critic_warmup_steps: must be >= 0"),
+        (lambda: GRPOConfig(kl_coef=-1.0), "kl_coef: must be >= 0"),
+        (lambda: PPOConfig(length_penalty=-0.1), "length_penalty: must be >= 0"),
+        (lambda: ParityConfig(mean=0.0), "mean: must be > 0"),
+        (lambda: SamplingConfig(top_p=float("nan")), r"top_p: must be in \(0, 1\]"),
+        (lambda: SamplingConfig(min_new_tokens=9, max_new_tokens=8), "more than max_new_tokens 8; lower it"),
         (lambda: PPOConfig(recompute_logprobs=False, importance_cap=2.0), "recompute_logprobs"),
         (lambda: GRPOConfig(samples_per_prompt=1), "samples_per_prompt must be >= 2"),
         (lambda: GRPOConfig(kl_estimator="k1"), "k2 or k3"),

@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 
-from megatron_zj.config.algorithm import GRPOConfig, SamplingConfig
+from megatron_zj.config.algorithm import GRPOConfig
+from megatron_zj.config.sampling import SamplingConfig
 from tests.algorithms import sampling_world
 from tests.algorithms.layouts import LAYOUTS, MORE_LAYOUTS
 from tests.algorithms.ppo_world import History, differences

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_zj.cli.compose import frozen_text
-from megatron_zj.config.algorithm import PPOConfig, PretrainConfig, RewardConfig, RoleConfig, SamplingConfig, SFTConfig
+from megatron_zj.config.algorithm import PPOConfig, PretrainConfig, RewardConfig, RoleConfig, SFTConfig
 from megatron_zj.config.checkpoint import CheckpointConfig
 from megatron_zj.config.data import ChatConfig, CorpusConfig, PreferenceConfig, PromptsConfig, TokenizerConfig
 from megatron_zj.config.loader import ConfigError, load, to_dict
@@ -21,6 +21,7 @@ from megatron_zj.config.model import ModelConfig, RopeScalingConfig
 from megatron_zj.config.optim import EngineConfig, LossScaleConfig, OptimConfig
 from megatron_zj.config.parallel import ParallelConfig, PlacementConfig
 from megatron_zj.config.run import RunConfig, RunSettings
+from megatron_zj.config.sampling import SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,9 +165,9 @@ ENGINES = st.builds(
 ROLES = st.builds(RoleConfig, load=st.none() | PATHS, engine=st.none() | ENGINES, optim=st.none() | OPTIMS)
 ALGORITHMS = st.one_of(
     st.builds(PretrainConfig, model=ROLES),
-    st.builds(SFTConfig, global_batch_size=st.integers()),
+    st.builds(SFTConfig, global_batch_size=COUNTS),
     st.builds(RewardConfig, centering=NUMBERS),
-    st.builds(PPOConfig, critic=ROLES, kl_target=st.none() | NUMBERS, whiten_scores=st.booleans()),
+    st.builds(PPOConfig, critic=ROLES, kl_target=st.none() | POSITIVE, whiten_scores=st.booleans()),
 )
 FILES = st.lists(TEXT, max_size=3).map(tuple)
 DATA = st.one_of(

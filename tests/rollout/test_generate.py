@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_zj.config.algorithm import SamplingConfig
 from megatron_zj.config.derived import ALL
 from megatron_zj.config.model import ModelConfig
 from megatron_zj.config.optim import EngineConfig
 from megatron_zj.config.parallel import ParallelConfig
+from megatron_zj.config.sampling import SamplingConfig
 from megatron_zj.data.batch import Batch, Rows
 from megatron_zj.engine.build import build_engine
 from megatron_zj.engine.decode import Decoder

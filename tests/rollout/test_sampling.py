@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_zj.config.algorithm import SamplingConfig
+from megatron_zj.config.sampling import SamplingConfig
 from megatron_zj.rollout.sampling import draw, keep_top_k, keep_top_p, penalize_repetition, sample_noise
 
 

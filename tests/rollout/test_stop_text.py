@@ -9,7 +9,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_zj.config.algorithm import SamplingConfig
+from megatron_zj.config.sampling import SamplingConfig
 from megatron_zj.data.vocabulary import train_sentencepiece
 from megatron_zj.rollout.stop_text import StopText
 
