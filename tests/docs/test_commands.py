@@ -10,6 +10,7 @@ import typing
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_zj.config.inference import EvaluationConfig, InferenceConfig
 from megatron_zj.config.run import RunConfig
@@ -168,3 +169,12 @@ def test_example_records_are_of_the_format_they_stand_beside() -> None:
             assert chosen in listed, code
             FORMATS[chosen].convert(record)
     assert seen == set(FORMATS)
+
+
+def test_the_site_lists_every_page_once() -> None:
+    """``mkdocs.yml``, which the extra ``docs`` is for."""
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    entries = [entry for section in site["nav"] for entry in next(iter(section.values()))]
+    listed = sorted(page for entry in entries for page in entry.values())
+    pages = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+    assert listed == sorted([*pages, "upstream/README.md"])
