@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels import arguments, dispatch
 from kernels.attention import reference
+from kernels.guards import once_differentiable
 
 
 def attention(
@@ -29,7 +30,7 @@ def attention(
     """softmax(scale q k^T) v within each sequence of a pack.
 
     Args:
-        q_THD: [T, H, D] queries, fp16, bf16, fp32 (CPU also fp64); any stride on T and H, 1 on D.
+        q_THD: [T, H, D] queries, fp16, bf16, fp32 (CPU also fp64); any stride (but on D, 1 saves a copy).
         k_SKD, v_SKD: [S, K, D] keys and values; K divides H, query head h reads key head h // (H / K).
         cu_seqlens_q: [sequences + 1] int32, where each sequence starts in T, and T.  None: dense input, q is
             [B, T, H, D] and k, v are [B, S, K, D].
@@ -82,6 +83,7 @@ class _Eager(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Any, ...]:
         return *reference.backward(dout.contiguous(), *ctx.saved_tensors, *ctx.settings), None
 
@@ -99,8 +101,8 @@ def decode_attention(
 
     Args:
         q_RHD: [R, H, D] the query of each row's newest token.
-        k_cache_RSKD, v_cache_RSKD: [R, S, K, D], any stride but 1 on D; slots at and after a row's length may hold
-            anything finite.
+        k_cache_RSKD, v_cache_RSKD: [R, S, K, D], any stride (but on D, 1 saves a copy); slots at and after a row's
+            length may hold anything finite.
         lengths_R: [R] int32 or int64 on the tensors' device: keys of each row, the newest token's included.
             A row of length 0 gets 0.
         softmax_scale: multiplies q k^T; None: D ** -0.5.

@@ -94,6 +94,11 @@ def _mask(tile: Tile, window: int, like: Tensor) -> Tensor | None:
     return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)[None, None]
 
 
+def _unit(x: Tensor) -> Tensor:
+    """Stride 1 on the last dimension: torch's fused CPU attention takes it for granted and does not look."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _stack(x_THD: Tensor, starts: list[int], length: int) -> Tensor:
     """[tiles, heads, length, D]: a view where the tiles are evenly spaced."""
     step = starts[1] - starts[0] if len(starts) > 1 else length
@@ -146,6 +151,7 @@ def forward(
     window: int,
 ) -> tuple[Tensor, Tensor]:
     """Output [T, H, D] and log-sum-exp of the scaled scores [H, T] (fp32, fp64 for fp64 inputs)."""
+    q_THD, k_SKD, v_SKD = (_unit(x) for x in (q_THD, k_SKD, v_SKD))
     num_q, num_heads, _ = q_THD.shape
     groups = _groups(tiles(ends_q, ends_k, slots, causal, window))
     if len(groups) == 1 and groups[0].fills(num_q, k_SKD.shape[0]):
@@ -194,7 +200,7 @@ def backward(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v.  Keys that several tiles share are summed in fp32."""
-    given = dout_THD, q_THD, k_SKD, v_SKD, out_THD, lse_HT
+    given = *(_unit(x) for x in (dout_THD, q_THD, k_SKD, v_SKD, out_THD)), lse_HT
     groups = _groups(tiles(ends_q, ends_k, slots, causal, window))
     if len(groups) == 1 and groups[0].fills(q_THD.shape[0], k_SKD.shape[0]):
         parts = _backward_group(*given, groups[0], scale, window)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import arguments, dispatch
+from kernels.guards import once_differentiable
 from kernels.linear_logprob import reference
 
 
@@ -178,6 +179,7 @@ class _Eager(torch.autograd.Function):
         return lse, target, spread
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dlse: Tensor, dtarget: Tensor, dspread: Tensor) -> tuple[Any, ...]:
         kept = ctx.saved_tensors[6:]
         given = (*ctx.saved_tensors[:6], *ctx.settings, reference.Kept(*kept) if kept else None)

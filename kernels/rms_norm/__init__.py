@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import arguments, dispatch
+from kernels.guards import once_differentiable
 from kernels.rms_norm import reference
 
 
@@ -68,6 +69,7 @@ class _Eager(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         return *reference.backward(dy, None, *ctx.saved_tensors), None
 
@@ -82,6 +84,7 @@ class _EagerSum(torch.autograd.Function):
         return y, total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor, dsum: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         dx, dweight = reference.backward(dy, dsum, *ctx.saved_tensors)
         return dx, dx, dweight, None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import arguments, dispatch
+from kernels.guards import once_differentiable
 from kernels.rope import reference
 
 
@@ -83,6 +84,7 @@ class _EagerSplit(torch.autograd.Function):
         return query.view(tokens, -1, dim), key.squeeze(2), qkv[:, :, -1]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dquery: Tensor, dkey: Tensor, dvalue: Tensor) -> tuple[Tensor, None, None, None]:
         tokens, groups, dim = dkey.shape
         dquery = dquery.reshape(tokens, groups, -1, dim)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import arguments, dispatch
+from kernels.guards import once_differentiable
 from kernels.swiglu import reference
 
 
@@ -44,6 +45,7 @@ class _Eager(torch.autograd.Function):
         return activated * up
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         return reference.backward(dy, *ctx.saved_tensors)
 

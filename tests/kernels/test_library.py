@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,10 +12,10 @@ from torch import Tensor
 
 from kernels.attention import attention, decode_attention
 from kernels.gae import gae
-from kernels.linear_logprob import linear_logprob
+from kernels.linear_logprob import linear_cross_entropy, linear_logprob
 from kernels.reward_head import ranking_loss, reward_head
 from kernels.rms_norm import add_rms_norm, rms_norm
-from kernels.rope import rope, rope_tables
+from kernels.rope import rope, rope_tables, split_rope
 from kernels.swiglu import swiglu
 from kernels.value_head import value_head, value_head_loss
 from tests.kernels.cases import ends, normal
@@ -109,6 +110,30 @@ def test_registered_ops_and_the_eager_forms_give_the_same_numbers() -> None:
             torch.testing.assert_close(have, want, rtol=1e-6, atol=1e-6)
 
 
+def _once(*outputs: Tensor) -> Tensor:
+    return torch.stack([out.double().sum() for out in outputs]).sum()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: _once(attention(x.view(7, 2, 4), x.view(7, 2, 4), x.view(7, 2, 4), CU)[0]),
+        lambda x: _once(rms_norm(x, x.detach()[0], 1e-5)),
+        lambda x: _once(*add_rms_norm(x, x, x.detach()[0], 1e-5)),
+        lambda x: _once(split_rope(x.view(7, 1, 4, 2), *(t[:, :1] for t in _tables()[:2]), _tables()[2])[0]),
+        lambda x: _once(swiglu(x)),
+        lambda x: _once(linear_cross_entropy(x, x, TARGETS)),
+        lambda x: _once(*linear_logprob(x, x, TARGETS)),
+    ],
+    ids=["attention", "rms_norm", "add_rms_norm", "split_rope", "swiglu", "cross entropy", "logprob"],
+)
+def test_a_second_derivative_is_refused_and_never_wrong(call: Callable[[Tensor], Tensor]) -> None:
+    x = _leaf(7, 8)
+    (slope,) = torch.autograd.grad(call(x), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentia"):
+        torch.autograd.grad(slope.square().sum(), x)
+
+
 def _everything(x: Tensor, weight: Tensor, vocabulary: Tensor) -> tuple[Tensor, ...]:
     """A little of each public function, as a model strings them together."""
     cos, sin, positions = _tables()
@@ -126,7 +151,10 @@ def _everything(x: Tensor, weight: Tensor, vocabulary: Tensor) -> tuple[Tensor, 
     return loss, advantages, decoded
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ and there is no g++")
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=NEEDS_COMPILER)])
 def test_compiled_without_a_graph_break_equals_eager(
     backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

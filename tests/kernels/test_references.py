@@ -92,6 +92,26 @@ def test_dense_attention_is_packed_attention_of_equal_rows() -> None:
     assert torch.equal(lse, packed_lse.view(4, 2, 5).transpose(0, 1))
 
 
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 1, 2)])
+@pytest.mark.parametrize("lengths", [(6, 6), (6, 14)])
+def test_attention_of_a_transposed_view_is_attention_of_its_copy(
+    which: tuple[int, ...], lengths: tuple[int, int]
+) -> None:
+    total = sum(lengths)
+    inputs = [normal(total, heads, 16, seed=heads).requires_grad_() for heads in (4, 2, 2)]
+    views = [x.transpose(1, 2).contiguous().transpose(1, 2) if i in which else x for i, x in enumerate(inputs)]
+    assert all(views[i].stride(-1) > 1 for i in which)
+    dout = normal(total, 16, 4, seed=3).transpose(1, 2)
+    out, lse = attention(views[0], views[1], views[2], ends(lengths))
+    grads = torch.autograd.grad(out, inputs, dout)
+    cu = ends(lengths)
+    want, want_lse = naive_attention(*inputs, cu, cu, causal=True)  # type: ignore[misc]
+    torch.testing.assert_close(out, want, rtol=0, atol=1e-13)
+    torch.testing.assert_close(lse, want_lse, rtol=0, atol=1e-13)
+    for have, truth in zip(grads, torch.autograd.grad(want, inputs, dout), strict=True):
+        torch.testing.assert_close(have, truth, rtol=0, atol=1e-12)
+
+
 def test_plain_causal_attention_builds_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
     original = attention_reference._mask
