@@ -93,7 +93,7 @@ def default_stages() -> list[Stage]:
             pytest_over(f"tests {elsewhere}", f"{DEFAULT} and resume"),
             300,
         ),
-        Stage("kernels", "references, interpreter, planted bugs, compilation", KERNELS, 900),
+        Stage("kernels", "references, interpreter, planted bugs, compilation", KERNELS, 420),
         Stage(
             "demo",
             "raw text to an aligned model, in miniature",
