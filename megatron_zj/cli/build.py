@@ -14,6 +14,7 @@ import torch
 from megatron_zj.algorithms.provenance import require_head
 from megatron_zj.algorithms.registry import BUILDERS, Algorithm, Parts
 from megatron_zj.algorithms.shaping import ScoreScale
+from megatron_zj.checkpoint.errors import gather
 from megatron_zj.checkpoint.load import agreed_newest, load
 from megatron_zj.checkpoint.manifest import ManifestInfo, read_manifest
 from megatron_zj.checkpoint.retention import CHECKPOINTS
@@ -23,6 +24,8 @@ from megatron_zj.config import derived
 from megatron_zj.config.loader import ConfigError, to_dict
 from megatron_zj.config.run import RunConfig
 from megatron_zj.config.sampling import SamplingConfig
+from megatron_zj.data.errors import DataError
+from megatron_zj.data.sources import verify_prepared
 from megatron_zj.data.stream import Stream, build_stream
 from megatron_zj.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_zj.engine.build import build_engine
@@ -111,8 +114,19 @@ def checked_tokenizer(config: RunConfig) -> Tokenizer:
 
 
 def build_streams(config: RunConfig, tokenizer: Tokenizer) -> tuple[Stream, Stream | None]:
-    """Training data, and validation data where there is some."""
-    first = World.current().rank == 0
+    """Training data, and validation data where there is some.
+
+    Prepared files are read once, a share on each rank: damage that one rank finds is raised on all, before a damaged
+    index is opened anywhere.  Collective over the world.
+    """
+    world, damage = World.current(), None
+    first = world.rank == 0
+    try:
+        verify_prepared(config.data, tokenizer, world.rank, world.size, progress=first)
+    except DataError as error:
+        damage = str(error)
+    for complaint in filter(None, gather(damage)):
+        raise DataError(complaint)
     train = build_stream(config.data, tokenizer, config.run.seed, "train", progress=first)
     return train, build_stream(config.data, tokenizer, config.run.seed, "validation")
 

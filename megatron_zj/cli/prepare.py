@@ -10,8 +10,8 @@ from megatron_zj.cli.compose import parse_overrides
 from megatron_zj.cli.main import guarded
 from megatron_zj.config.loader import ConfigError, load
 from megatron_zj.data.formats.registry import FORMATS
-from megatron_zj.data.prepare import PrepareConfig, prepare, verify
-from megatron_zj.data.prepared import PreparedManifest, read_manifest
+from megatron_zj.data.prepare import PrepareConfig, prepare
+from megatron_zj.data.prepared import PreparedManifest, read_manifest, verify
 
 _HELP = """zj prepare: raw files into a folder that training reads
 
@@ -64,7 +64,7 @@ def _verify(folders: Sequence[str]) -> int:
     if len(folders) != 1:
         raise ConfigError(["zj prepare verify takes one folder"])
     config = load(PrepareConfig, {"out": folders[0]})
-    verify(config.out)
+    verify([config.out], progress=True)
     sys.stdout.write(f"{config.out}: {len(read_manifest(config.out).shards)} shards, every checksum is right\n")
     return 0
 

@@ -46,7 +46,7 @@ from megatron_zj.data.prepared import (
     VERSION,
     PreparedManifest,
     ShardInfo,
-    read_manifest,
+    checksum,
     write_manifest,
 )
 from megatron_zj.data.raw import raw_files
@@ -135,16 +135,6 @@ def prepare(config: PrepareConfig, *, progress: bool = False) -> PreparedManifes
     )
     write_manifest(config.out, manifest)
     return manifest
-
-
-def verify(folder: Path) -> None:
-    """Read every shard again and compare checksums.  Raises DataError naming the first damaged file."""
-    for shard in read_manifest(folder).shards:
-        for suffix, info in shard.files.items():
-            path = folder / SHARDS / f"{shard.name}{suffix}"
-            if not path.is_file() or _checksum(path) != info["sha256"]:
-                sidecar = folder / SHARDS / f"{shard.name}.json"
-                raise DataError(f"{path} is damaged or missing\n  -> delete {sidecar} and run zj prepare again")
 
 
 def _conversion(config: PrepareConfig) -> Conversion:
@@ -293,7 +283,7 @@ def _write_task(task: _Task) -> ShardInfo:
             write_shard(aside, units, tokenizer.vocab_size)
             for suffix in _SHARD_SUFFIXES:
                 path = Path(f"{aside}{suffix}")
-                files[suffix] = {"bytes": path.stat().st_size, "sha256": _checksum(path)}
+                files[suffix] = {"bytes": path.stat().st_size, "sha256": checksum(path)}
                 os.replace(path, folder / f"{task.name}{suffix}")
         shard = ShardInfo(task.name, task.job, asdict(counts), files)
         write_json(folder / f"{task.name}.json", asdict(shard))
@@ -309,9 +299,4 @@ def _write_task(task: _Task) -> ShardInfo:
 
 
 def _describe(path: Path, form: str) -> dict[str, Any]:
-    return {"path": str(path), "format": form, "bytes": path.stat().st_size, "sha256": _checksum(path)}
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {"path": str(path), "format": form, "bytes": path.stat().st_size, "sha256": checksum(path)}

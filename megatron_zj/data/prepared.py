@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from megatron_zj.data.errors import DataError
 from megatron_zj.data.tokenizer import Tokenizer
@@ -17,6 +20,7 @@ JOB = "job.json"
 TOKENIZER = "tokenizer"
 SHARDS = "shards"
 VERSION = 1
+_QUIET_SECONDS = 3.0  # a check that takes no longer shows no bar
 
 
 @dataclass(frozen=True)
@@ -78,18 +82,57 @@ def open_prepared(folder: Path, kinds: Sequence[str], tokenizer: Tokenizer) -> t
             f"{folder} was prepared with another tokenizer (checksum {manifest.tokenizer[:12]}, the run's is "
             f"{tokenizer.fingerprint()[:12]})\n  -> set tokenizer.path={folder / TOKENIZER}, or prepare the data again"
         )
-    prefixes = []
+    for file in _files(folder, manifest):
+        size = file.path.stat().st_size if file.path.is_file() else None
+        if size != file.size:
+            raise file.bad("is missing" if size is None else f"has {size} bytes, not {file.size}")
+    return manifest, [folder / SHARDS / shard.name for shard in manifest.shards if shard.files]
+
+
+def verify(folders: Iterable[Path], rank: int = 0, world_size: int = 1, *, progress: bool = False) -> None:
+    """Read the shards' files and compare checksums: this rank's share of the files, largest first in turn.
+
+    A flipped bit of a token is another token, which nothing else can see.  200 MB take 0.16 s of one core with SHA
+    instructions from the page cache (1.3 GB/s), so a disk or network file system is what one waits for.  Raises
+    DataError naming the first damaged file and what to do.  ``progress``: a bar where it takes seconds.
+    """
+    files = [file for folder in folders for file in _files(folder, read_manifest(folder))]
+    mine = sorted(files, key=lambda file: -file.size)[rank::world_size]
+    total = sum(file.size for file in mine)
+    with tqdm(
+        desc="checking data", total=total, unit="B", unit_scale=True, delay=_QUIET_SECONDS, disable=not progress
+    ) as bar:
+        for file in mine:
+            if not file.path.is_file() or checksum(file.path) != file.sha256:
+                raise file.bad("is damaged or missing: it is not what zj prepare wrote")
+            bar.update(file.size)
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class _File:
+    """One file of a shard as the manifest has it."""
+
+    path: Path
+    size: int  # bytes
+    sha256: str
+    sidecar: Path
+
+    def bad(self, found: str) -> DataError:
+        """What to say of it."""
+        return DataError(f"{self.path} {found}\n  -> delete {self.sidecar} and run the same zj prepare again")
+
+
+def _files(folder: Path, manifest: PreparedManifest) -> Iterator[_File]:
     for shard in manifest.shards:
         prefix = folder / SHARDS / shard.name
         for suffix, info in shard.files.items():
-            path = Path(f"{prefix}{suffix}")
-            size = path.stat().st_size if path.is_file() else None
-            if size != info["bytes"]:
-                found = "is missing" if size is None else f"has {size} bytes, not {info['bytes']}"
-                raise DataError(f"{path} {found}\n  -> delete {prefix}.json and run zj prepare again")
-        if shard.files:
-            prefixes.append(prefix)
-    return manifest, prefixes
+            yield _File(Path(f"{prefix}{suffix}"), info["bytes"], info["sha256"], Path(f"{prefix}.json"))
 
 
 def is_prepared(path: Path) -> bool:

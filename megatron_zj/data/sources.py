@@ -7,14 +7,14 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_zj.config.data import ChatConfig, CorpusConfig, HeldOutConfig, PreferenceConfig
+from megatron_zj.config.data import ChatConfig, CorpusConfig, DataConfig, HeldOutConfig, PreferenceConfig
 from megatron_zj.data.corpus import CorpusUnits, DocumentTokens, SampleSet, Split, split_bounds
 from megatron_zj.data.dialogue import DialogueUnits, StoredUnits
 from megatron_zj.data.errors import DataError
 from megatron_zj.data.inputs import Conversion, RowsConfig, load_units
 from megatron_zj.data.order import KeyedPermutation
 from megatron_zj.data.preference import PreferenceUnits
-from megatron_zj.data.prepared import is_prepared, open_prepared
+from megatron_zj.data.prepared import checksum, is_prepared, open_prepared, verify
 from megatron_zj.data.prompts import PromptUnits
 from megatron_zj.data.rows import Counts
 from megatron_zj.data.store import ShardStore, UnitStore
@@ -22,6 +22,20 @@ from megatron_zj.data.tokenizer import Tokenizer
 
 _SPLIT_SEED = 20260  # fixed: which records are held out must not change with the run's seed
 _log = logging.getLogger(__name__)
+
+
+def verify_prepared(
+    config: DataConfig, tokenizer: Tokenizer, rank: int = 0, world_size: int = 1, *, progress: bool = False
+) -> None:
+    """Check this rank's share of the prepared files that streams of ``config`` read; see ``verify``.
+
+    Raises DataError on this rank alone for a damaged file, on all ranks for what ``open_prepared`` refuses.
+    """
+    held_out = config.validation_files if isinstance(config, HeldOutConfig) else ()
+    folders = [Path(name) for name in dict.fromkeys((*config.files, *held_out)) if is_prepared(Path(name))]
+    for folder in folders:
+        open_prepared(folder, [config.kind], tokenizer)  # the wrong folder is told at once
+    verify(folders, rank, world_size, progress=progress)
 
 
 def row_units(config: RowsConfig, tokenizer: Tokenizer, split: Split, *, progress: bool) -> StoredUnits | None:
@@ -125,12 +139,7 @@ def _prefixes(path: Path, tokenizer: Tokenizer) -> tuple[list[Path], str]:
             f"{path} is neither a prepared folder nor the prefix of a .bin and .idx file\n"
             f"  -> prepare it: zj prepare data.files=[{path}] tokenizer.path=... out=DIR"
         )
-    return found, "".join(_digest_file(Path(f"{prefix}.idx")) for prefix in found)
-
-
-def _digest_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return found, "".join(checksum(Path(f"{prefix}.idx")) for prefix in found)
 
 
 def report(counts: Counts, files: Sequence[str]) -> None:

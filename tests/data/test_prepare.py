@@ -17,9 +17,11 @@ import pytest
 from megatron_zj.cli.prepare import main
 from megatron_zj.config.data import ChatConfig, CorpusConfig, PreferenceConfig, TokenizerConfig
 from megatron_zj.data import prepare as module
+from megatron_zj.data import prepared
 from megatron_zj.data.errors import DataError
-from megatron_zj.data.prepare import PrepareConfig, TextConfig, prepare, verify
-from megatron_zj.data.prepared import read_manifest
+from megatron_zj.data.prepare import PrepareConfig, TextConfig, prepare
+from megatron_zj.data.prepared import read_manifest, verify
+from megatron_zj.data.sources import verify_prepared
 from megatron_zj.data.stream import build_stream
 from megatron_zj.data.tokenizer import SentencePieceTokenizer, load_tokenizer
 
@@ -198,16 +200,88 @@ def test_full_disk_keeps_finished_shards_and_says_what_to_do(
     assert not (tmp_path / "manifest.json").exists()
 
 
-def test_damage_is_found(source: Path, tmp_path: Path) -> None:
+def flip(path: Path, byte: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".units.npy"])
+@pytest.mark.parametrize("kind", ["corpus", "chat"])
+def test_one_flipped_bit_is_refused_by_name_and_preparing_again_mends_it(
+    source: Path, tmp_path: Path, kind: str, suffix: str
+) -> None:
+    data = TextConfig(files=(str(source / "a.jsonl"),)) if kind == "corpus" else chat_config(source)
+    command = text_config(source, tmp_path, data=data)
+    prepare(command)
+    whole = content(tmp_path)
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    config = CorpusConfig(files=(str(tmp_path),)) if kind == "corpus" else chat_config(tmp_path)
+    verify_prepared(config, tokenizer)
+    shard = tmp_path / "shards" / f"000001{suffix}"
+    for byte in (0, shard.stat().st_size // 2, -1):
+        flip(shard, byte)
+        for check in (lambda: verify([tmp_path]), lambda: verify_prepared(config, tokenizer)):
+            with pytest.raises(DataError) as error:
+                check()
+            sidecar = shard.with_name("000001.json")
+            assert str(error.value).startswith(f"{shard} is damaged")
+            assert str(error.value).endswith(f"-> delete {sidecar} and run the same zj prepare again")
+        sidecar.unlink()
+        prepare(command)
+        verify_prepared(config, tokenizer)
+        assert content(tmp_path) == whole
+
+
+def chat_config(path: Path) -> ChatConfig:
+    name = path / "chat.jsonl"
+    return ChatConfig(files=(str(name if name.is_file() else path),), max_length=64)
+
+
+def test_held_out_folders_are_checked_too(source: Path, tmp_path: Path) -> None:
+    for name in ("train", "held_out"):
+        prepare(text_config(source, tmp_path / name, data=chat_config(source)))
+    config = ChatConfig(files=(str(tmp_path / "train"),), validation_files=(str(tmp_path / "held_out"),), max_length=64)
+    tokenizer = load_tokenizer(tmp_path / "train" / "tokenizer")
+    verify_prepared(config, tokenizer)
+    flip(tmp_path / "held_out/shards/000000.bin", 0)
+    with pytest.raises(DataError, match=r"held_out/shards/000000\.bin is damaged"):
+        verify_prepared(config, tokenizer)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 50])
+def test_every_file_is_read_by_one_rank(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
+) -> None:
     prepare(text_config(source, tmp_path))
-    verify(tmp_path)
+    shares: list[list[Path]] = [[] for _ in range(world_size)]
+    checksum = prepared.checksum
+    for rank, share in enumerate(shares):
+        monkeypatch.setattr(prepared, "checksum", lambda path, share=share: share.append(path) or checksum(path))
+        verify([tmp_path], rank, world_size)
+    files = sorted(path for path in (tmp_path / "shards").iterdir() if path.suffix != ".json")  # without sidecars
+    assert sorted(path for share in shares for path in share) == files
+    sizes = [sum(path.stat().st_size for path in share) for share in shares]
+    assert max(sizes) - min(sizes) <= max(path.stat().st_size for path in files)
+
+
+def test_a_check_of_seconds_shows_how_far_it_is(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(text_config(source, tmp_path))
+    verify([tmp_path], progress=True)
+    assert "checking data" not in capsys.readouterr().err
+    monkeypatch.setattr(prepared, "_QUIET_SECONDS", 0.0)
+    verify([tmp_path])
+    assert "checking data" not in capsys.readouterr().err
+    verify([tmp_path], progress=True)
+    assert "checking data: 100%" in capsys.readouterr().err
+
+
+def test_a_shard_cut_short_and_a_damaged_manifest_are_refused(source: Path, tmp_path: Path) -> None:
+    prepare(text_config(source, tmp_path))
     shard = tmp_path / "shards" / "000001.bin"
-    data = bytearray(shard.read_bytes())
-    data[3] ^= 1
-    shard.write_bytes(data)
-    with pytest.raises(DataError, match=r"000001\.bin is damaged"):
-        verify(tmp_path)
-    shard.write_bytes(data[:-2])
+    shard.write_bytes(shard.read_bytes()[:-2])
     with pytest.raises(DataError, match=r"000001\.bin has \d+ bytes, not \d+"):
         build_stream(CorpusConfig(files=(str(tmp_path),)), load_tokenizer(source / "tokenizer"), 0)
     (tmp_path / "manifest.json").write_text("{")
@@ -271,7 +345,7 @@ def test_killed_in_the_middle_it_continues_and_leaves_no_process(source: Path, t
     assert subprocess.run(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL).returncode == 0
     again = {path.name: path.stat().st_mtime_ns for path in out.glob("shards/*.json")}
     assert kept.items() <= again.items()
-    verify(out)
+    verify([out])
 
 
 def descendants(process: int | str) -> list[str]:
