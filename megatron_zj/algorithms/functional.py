@@ -5,6 +5,9 @@ T: tokens of all rows, end to end; R: rows.  Ratios and differences are of log-p
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Hashable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -106,6 +109,21 @@ def shape_rewards(
         if last.numel():
             row[int(last[-1])] += score
     return logprobs.replace(rewards_T)
+
+
+def row_digests(tokens: Rows) -> list[str]:
+    """A digest of each row's ids; equal rows have equal ones."""
+    return [hashlib.blake2b(row.numpy().tobytes(), digest_size=16).hexdigest() for row in tokens.split()]
+
+
+def first_of_equals(keys: Sequence[Hashable]) -> list[int]:
+    """For each key the place of the first that equals it.
+
+    Equal rows get one score by it: a kernel rounds a row differently at another place of a pack, and what compares
+    scores (a group's deviation, a ranking) would make a difference of it.
+    """
+    first: dict[Hashable, int] = {}
+    return [first.setdefault(key, place) for place, key in enumerate(keys)]
 
 
 def response_lengths(response_mask: Rows) -> Tensor:

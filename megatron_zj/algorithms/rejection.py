@@ -25,6 +25,7 @@ from megatron_zj.algorithms.experience import (
     prefixed,
     require_parity,
 )
+from megatron_zj.algorithms.functional import first_of_equals, row_digests
 from megatron_zj.algorithms.health import Health
 from megatron_zj.algorithms.pretrain import NextToken
 from megatron_zj.algorithms.resumable import Resumable
@@ -151,8 +152,7 @@ class BestOfAll(Resumable):
         if not self.kept:
             found = [self._scores(batch) for batch in batches]
             everything = [entry for entries in zip(batches, found, strict=True) for entry in _entries(*entries)]
-            ranked = sorted(gather_in_order(everything), key=lambda entry: (-entry[1], entry[2]))
-            self.kept = [(int(draw), float(score)) for draw, score, _ in ranked[: self.config.keep]]
+            self.kept = _ranked(gather_in_order(everything))[: self.config.keep]
         wanted = {draw for draw, _ in self.kept}
         parts = []
         for batch in batches:
@@ -192,7 +192,19 @@ class BestOfAll(Resumable):
         self.kept, self._rows = [(int(draw), float(score)) for draw, score in state["kept"]], None
 
 
-def _entries(batch: WorldBatch, scores: Sequence[float]) -> list[tuple[int, float, int]]:
-    """(draw, score, place in the data) of this rank's rows."""
+_Entry = tuple[int, float, int, str]  # draw, score, place in the data, digest of the row
+
+
+def _entries(batch: WorldBatch, scores: Sequence[float]) -> list[_Entry]:
+    """Of this rank's rows."""
     rows = batch.local.per_row
-    return list(zip(rows["draw"].tolist(), scores, rows["index"].tolist(), strict=True))
+    digests = row_digests(batch.local.tokens)
+    return list(zip(rows["draw"].tolist(), scores, rows["index"].tolist(), digests, strict=True))
+
+
+def _ranked(entries: Sequence[_Entry]) -> list[tuple[int, float]]:
+    """(draw, score), best first; equal dialogues have the score of the first in the data, and stay in its order."""
+    ordered = sorted(entries, key=lambda entry: entry[2])
+    scores = [ordered[first][1] for first in first_of_equals([entry[3] for entry in ordered])]
+    found = [(entry[0], score) for entry, score in zip(ordered, scores, strict=True)]
+    return sorted(found, key=lambda entry: -entry[1])

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from megatron_zj.algorithms.controllers import RunningMoments
-from megatron_zj.algorithms.functional import masked_sums, mean_and_deviation, response_lengths
+from megatron_zj.algorithms.functional import (
+    first_of_equals,
+    masked_sums,
+    mean_and_deviation,
+    response_lengths,
+    row_digests,
+)
 from megatron_zj.algorithms.rules import Answer, chosen_rules
 from megatron_zj.config.algorithm import OnPolicyConfig
 from megatron_zj.data.batch import Batch
@@ -45,7 +51,8 @@ class Shaping:
     """score = sign x clip((raw - mean) / deviation + rules) - penalties.
 
     Mean and deviation: the reward model's own, or (``running_scores``) those of all scores of this run, this batch
-    included, or 0 and 1.  ``decode``: token ids to text, for the rules.
+    included, or 0 and 1.  Equal rows of a rank get the raw score of the first.  ``decode``: token ids to text, for the
+    rules.
     """
 
     def __init__(self, config: OnPolicyConfig, scale: ScoreScale, decode: Decode) -> None:
@@ -57,7 +64,7 @@ class Shaping:
         """Shaped scores [R] of this rank's samples.  Collective over the world."""
         config = self.config
         require_finite_scores(raw_scores_R)
-        scores_R = self._scaled(raw_scores_R)
+        scores_R = self._scaled(raw_scores_R[first_of_equals(row_digests(samples.tokens))])
         if self.rules:
             scores_R = scores_R + scores_R.new_tensor([self._rule_rewards(answer) for answer in self._answers(samples)])
         if config.score_clip is not None:

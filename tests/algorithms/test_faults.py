@@ -14,18 +14,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_zj.algorithms.grpo import GRPO
 from megatron_zj.algorithms.rejection import BestOfAll
-from megatron_zj.algorithms.shaping import ScoreError, Shaping
-from megatron_zj.config.sampling import SamplingConfig
+from megatron_zj.algorithms.shaping import ScoreError
 from megatron_zj.engine.totals import NonFiniteError
 from megatron_zj.roles.exchange import Pending
 from megatron_zj.roles.world import World
-from megatron_zj.rollout.generate import Rollout
 from megatron_zj.runtime.timers import Timers
 from tests.algorithms import ppo_world
 from tests.algorithms.layouts import Layout
-from tests.algorithms.sampling_world import BEST_OF_ALL, GRPO_CONFIGS, Dialogues
+from tests.algorithms.sampling_world import BEST_OF_ALL, Dialogues
 from tests.helpers.ranks import run_ranks
 
 ONE_TOKEN = frozenset(range(ppo_world.MODEL.vocab_size))  # whatever comes first ends the answer
@@ -43,25 +40,6 @@ def test_an_empty_answer_is_its_stop_token_and_is_learned_from() -> None:
     assert first["truncated"] == first["repetition"] == first["length_correlation"] == 0.0
     assert all(math.isfinite(value) for metrics in (first, second) for value in metrics.values())
     assert first["actor/grad_norm"] > 0
-
-
-def _equal_answers() -> dict[str, float]:
-    """A greedy policy answers a prompt the same every time."""
-    config = dataclasses.replace(
-        GRPO_CONFIGS["scaled"], sampling=SamplingConfig(max_new_tokens=5, temperature=0.0), kl_coef=0.0
-    )
-    roles = ppo_world.build_roles(["actor", "reference", "reward"], Layout())
-    rollout = Rollout(config.sampling, frozenset({ppo_world.STOP}), ppo_world.RUN_SEED)
-    shaping, timers = Shaping(config, ppo_world.SCALE, ppo_world.decode), Timers(torch.device("cpu"))
-    grpo = GRPO(config, roles, ppo_world.Prompts(), rollout, World.current(), ppo_world.RUN_SEED, timers, shaping)
-    return grpo.step()
-
-
-def test_answers_that_are_all_equal_teach_nothing_and_break_nothing() -> None:
-    [metrics] = run_ranks(1, _equal_answers)
-    assert metrics["actor/grad_norm"] == 0.0  # every advantage is 0
-    assert metrics["actor/loss"] == 0.0
-    assert all(math.isfinite(value) for value in metrics.values())
 
 
 def _too_long() -> str:
