@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core import dist_checkpointing
@@ -24,7 +24,7 @@ from megatron_zj.checkpoint.errors import CheckpointError, everywhere, gather, t
 from megatron_zj.checkpoint.manifest import MANIFEST, TOKENIZER, Manifest, read_manifest, verify
 from megatron_zj.checkpoint.save import ALGORITHM, COMMON, EXTRA_STATE, ROLES, Saveable
 from megatron_zj.checkpoint.shards import ShardReader
-from megatron_zj.config.model import ModelConfig
+from megatron_zj.config.model import HeadKind, ModelConfig
 from megatron_zj.parallel.groups import placement_world
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,22 @@ _FREE = {"preset", "kernels", "fp8", "init_std", "dropout", "max_position_embedd
 _NUMERIC = {"rope_theta", "rope_scaling", "norm_eps"}  # change results, not shapes
 HEAD_WORDS = ("value_head", "score_head")  # in the key of a scalar head's tensors
 LM_HEAD = "output_layer"
+
+
+class Described(Protocol):
+    """What a role of a checkpoint is compared with: an engine, or what one will be."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """Its shape."""
+
+    @property
+    def head(self) -> HeadKind:
+        """What it ends in."""
+
+    @property
+    def trainable(self) -> bool:
+        """Whether it has optimizer state."""
 
 
 def load(
@@ -60,11 +76,7 @@ def load(
     sources: dict[str, str] = {}
     with everywhere(f"reading {folder / MANIFEST}"):
         manifest = read_manifest(folder)
-        _check_tokenizer(folder, manifest, tokenizer)
-        sources = {role: _source(folder, manifest, role, roles or {}, weights_only) for role in engines}
-        for role, engine in engines.items():
-            if engine is not None:
-                _check_model(folder, manifest, role, sources[role], engine, weights_only)
+        sources = require_fit(folder, manifest, engines, roles or {}, weights_only=weights_only, tokenizer=tokenizer)
     assert manifest is not None  # everywhere() raised otherwise
     with everywhere(f"checking the files of {folder}"):
         _verify_share(folder, manifest, sorted(set(sources.values())), weights_only)
@@ -81,6 +93,27 @@ def load(
     names = ", ".join(role if role == source else f"{role} (from {source})" for role, source in sources.items())
     log.info("loaded %s of %s from %s (step %d)", what, names or "the algorithm", folder, manifest.step)
     return state
+
+
+def require_fit(
+    folder: Path,
+    manifest: Manifest,
+    wanted: Mapping[str, Described | None],
+    roles: Mapping[str, str],
+    *,
+    weights_only: bool,
+    tokenizer: str | None,
+) -> dict[str, str]:
+    """The role of the checkpoint for each role that is ``wanted`` (None: not compared); arguments as in ``load``.
+
+    Looks at nothing but the manifest.  CheckpointError: no such role, another shape, head or tokenizer.
+    """
+    _check_tokenizer(folder, manifest, tokenizer)
+    sources = {role: _source(folder, manifest, role, roles, weights_only) for role in wanted}
+    for role, one in wanted.items():
+        if one is not None:
+            _check_model(folder, manifest, role, sources[role], one, weights_only)
+    return sources
 
 
 def agreed_newest(path: Path) -> Path | None:
@@ -117,7 +150,7 @@ def _check_tokenizer(folder: Path, manifest: Manifest, fingerprint: str | None) 
 
 
 def _check_model(
-    folder: Path, manifest: Manifest, role: str, source: str, engine: Saveable, weights_only: bool
+    folder: Path, manifest: Manifest, role: str, source: str, engine: Described, weights_only: bool
 ) -> None:
     stored = manifest.roles[source]
     differing = _differences(engine.model, stored.model)
@@ -169,14 +202,20 @@ def _list_of(differing: Mapping[str, tuple[Any, Any]]) -> str:
 
 def _verify_share(folder: Path, manifest: Manifest, roles: list[str], weights_only: bool) -> None:
     """Check this rank's share of the files that will be read, largest first in turn."""
+    names = files_of(manifest, roles, weights_only)
+    names.sort(key=lambda name: (-manifest.files[name].size, name))
+    verify(folder, manifest, names[this_rank() :: world_size()])
+
+
+def files_of(manifest: Manifest, roles: Collection[str], weights_only: bool) -> list[str]:
+    """The files that are read for these roles."""
     names = [name for name in manifest.files if any(name.startswith(f"{ROLES}/{role}/") for role in roles)]
     names += [name for name in manifest.files if name.startswith(f"{TOKENIZER}/")]
     if weights_only:
         names = [name for name in names if not Path(name).name.startswith("optimizer_")]
     else:
         names += [name for name in manifest.files if Path(name).stem == ALGORITHM]
-    names.sort(key=lambda name: (-manifest.files[name].size, name))
-    verify(folder, manifest, names[this_rank() :: world_size()])
+    return names
 
 
 def _load_role(folder: Path, engine: Saveable, weights_only: bool, fresh_head: bool) -> None:

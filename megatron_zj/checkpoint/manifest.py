@@ -109,7 +109,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a complete checkpoint.  CheckpointError when it is absent, foreign, damaged or too new."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise CheckpointError(f"{folder} is no complete checkpoint of this framework: {_what_it_is(folder)}")
+        raise CheckpointError(not_a_checkpoint(folder))
     value = read_json(path, _USE_ANOTHER)
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise CheckpointError(f"{path} was not written by megatron_zj: {_what_it_is(folder)}")
@@ -138,8 +138,11 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
 
 
-def verify(folder: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
-    """Compare files (``names``, or all) with the manifest.  CheckpointError names the first that differs."""
+def verify(folder: Path, manifest: Manifest, names: Iterable[str] | None = None, *, contents: bool = True) -> None:
+    """Compare files (``names``, or all) with the manifest.  CheckpointError names the first that differs.
+
+    ``contents``: their checksums too, not only their sizes.
+    """
     for name in manifest.files if names is None else names:
         expected = manifest.files.get(name)
         path = folder / name
@@ -152,7 +155,7 @@ def verify(folder: Path, manifest: Manifest, names: Iterable[str] | None = None)
             raise CheckpointError(
                 f"{path} is truncated or changed: {size} bytes, {expected.size} expected; {_USE_ANOTHER}"
             )
-        if record_of(path).sha256 != expected.sha256:
+        if contents and record_of(path).sha256 != expected.sha256:
             raise CheckpointError(f"{path} is damaged: its SHA-256 does not match {MANIFEST}; {_USE_ANOTHER}")
 
 
@@ -172,6 +175,11 @@ def read_tokenizer(folder: Path, manifest: Manifest, special_tokens: Sequence[st
     return load_tokenizer(folder / TOKENIZER, special_tokens)
 
 
+def not_a_checkpoint(folder: Path) -> str:
+    """What stands in a place where no complete checkpoint is, and what to do about it."""
+    return f"{folder} is no complete checkpoint of this framework: {_what_it_is(folder)}"
+
+
 def _what_it_is(folder: Path) -> str:
     if not folder.exists():
         return "it does not exist; check the path"
@@ -183,6 +191,12 @@ def _what_it_is(folder: Path) -> str:
         return "it looks like a checkpoint of another Megatron; export it to Hugging Face there, then use zj convert"
     if (folder / "roles").exists():
         return f"it has no {MANIFEST}, so its save was interrupted; {_USE_ANOTHER}"
+    if partial := sorted((*folder.glob("step_*"), *folder.glob("*/step_*")), key=lambda path: path.name):
+        cut = f"{partial[-1]} has no {MANIFEST}, so its save was interrupted or its copy is not whole"
+        return f"{cut}; run that training again, or copy the checkpoint again from its source"
+    if (folder / "config.yaml").is_file() or not any(folder.iterdir()):
+        what = "the folder of a run that saved no checkpoint" if any(folder.iterdir()) else "empty"
+        return f"it is {what}; give a run that has ended, or one of its step_* folders"
     return f"it has no {MANIFEST}; give a step_* folder, or the checkpoints or run folder around it"
 
 

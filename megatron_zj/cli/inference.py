@@ -13,7 +13,14 @@ from typing import Any, TypeVar
 import torch
 
 from megatron_zj.checkpoint.load import agreed_newest, load
-from megatron_zj.checkpoint.manifest import TOKENIZER, Manifest, RoleInfo, read_manifest, read_tokenizer
+from megatron_zj.checkpoint.manifest import (
+    TOKENIZER,
+    Manifest,
+    RoleInfo,
+    not_a_checkpoint,
+    read_manifest,
+    read_tokenizer,
+)
 from megatron_zj.cli.prepare import settings
 from megatron_zj.config.data import TokenizerConfig
 from megatron_zj.config.derived import ALL
@@ -73,7 +80,7 @@ class LoadedModel:
         """``untrained``: fresh weights drawn from ``run.seed`` instead of the checkpoint's."""
         folder = agreed_newest(config.checkpoint.load)
         if folder is None:
-            raise ConfigError([f"checkpoint.load: no complete checkpoint in {config.checkpoint.load}"])
+            raise ConfigError([f"checkpoint.load: {not_a_checkpoint(config.checkpoint.load)}"])
         manifest = read_manifest(folder)
         name, info = _pick_role(manifest.roles, config.checkpoint.role, folder)
         self.folder, self.step, self.name, self.info = folder, manifest.step, name, info

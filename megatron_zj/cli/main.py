@@ -74,7 +74,7 @@ def guarded(command: Callable[[list[str]], int], argv: Sequence[str]) -> int:
             traceback.print_exc()
             if not debug:
                 sys.stderr.write("\nThis is a fault of the program, not of your input: please report the text above.\n")
-        elif not isinstance(error, ConfigError) or _runtime().rank_of_environment() == 0:
+        elif not isinstance(error, ConfigError) or _runtime().speaks_for_all():
             # every rank reads the same configuration and finds the same fault: one of them says it
             _say(error)
         return 1

@@ -119,6 +119,14 @@ def starting_point(config: RunConfig, role: str) -> Path | None:
     return known["reward"].load if start == "reward" else config.checkpoint.load
 
 
+def starting_key(config: RunConfig, role: str) -> str:
+    """The setting that ``starting_point`` comes from, or would come from."""
+    start = config.algorithm.role_kinds[role].start
+    if roles(config)[role].load is not None or start == "own":
+        return f"algorithm.{role}.load"
+    return "algorithm.reward.load" if start == "reward" else "checkpoint.load"
+
+
 def sampling_of(config: RunConfig) -> SamplingConfig | None:
     """How the run draws samples; None: it draws none."""
     algorithm = config.algorithm

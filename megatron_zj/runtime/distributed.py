@@ -116,6 +116,11 @@ def world_size_of_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def speaks_for_all() -> bool:
+    """Whether an error that every rank meets is this one's to tell: rank 0's, until a ``session`` picks who tells."""
+    return dist.is_initialized() or rank_of_environment() == 0
+
+
 def rank_of_environment() -> int:
     """This process's rank by its launcher's word; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))

@@ -149,9 +149,10 @@ def test_a_record_longer_than_the_context_under_each_policy(world: Path) -> None
     assert "-> raise data.max_length, or set data.overlong to truncate, split (dialogues) or skip" in error
     policies = {"truncate": "0 too long; shortened: 1", "split": "0 too long; shortened: 1", "skip": "1 too long;"}
     for policy, counts in policies.items():
-        nowhere = {"checkpoint__load": world / "data"}  # ends the command once the data has been read
-        run = {"data__files": f"[{path}]", "data__overlong": policy, **nowhere}
+        shutil.copytree(world / "sft", world / f"long_{policy}")  # a run on other data: ends once this has been read
+        run = {"data__files": f"[{path}]", "data__overlong": policy}
         outcome = zj(train_argv("sft", world, f"long_{policy}", **run))
+        assert "belongs to other data" in outcome.error
         assert counts in outcome.output
         assert "8 records, " in outcome.output
 
@@ -210,7 +211,7 @@ def test_a_damaged_or_missing_checkpoint(world: Path) -> None:
     assert outcome.code == 1
     assert f"{pieces} is damaged" in outcome.error
     outcome = zj(train_argv("sft", world, "from_nothing", checkpoint__load=world / "data"))
-    assert f"no complete checkpoint in {world / 'data'}" in outcome.error
+    assert f"checkpoint.load: {world / 'data'} is no complete checkpoint" in outcome.error
 
 
 # While training
