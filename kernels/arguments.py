@@ -1,5 +1,5 @@
 """Argument checks the ops share.  They read shapes, dtypes and devices; only ``host_ends`` and ``require_below`` may
-wait for a device, and say when.
+wait for a device, and say when.  ``require_within`` reads numbers where that waits for nothing.
 """
 
 from __future__ import annotations
@@ -21,29 +21,49 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def require_float(**tensors: Tensor | None) -> None:
-    """Each given tensor is fp16, bf16, fp32 or fp64."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in FLOATS:
-            raise ValueError(f"{name} must be a float tensor, got {tensor.dtype}")
+def given(**tensors: Tensor | None) -> dict[str, Tensor]:
+    """Those of some optional arguments that are not None."""
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def require_integer(**tensors: Tensor | None) -> None:
-    """Each given tensor is int32 or int64."""
+def require_tensor(tensor: object, name: str) -> None:
+    """A tensor, and not a list of numbers or None."""
+    require(isinstance(tensor, Tensor), f"{name} must be a tensor, got {type(tensor).__name__}")
+
+
+def require_float(**tensors: Tensor) -> None:
+    """Each is a tensor of fp16, bf16, fp32 or fp64."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{name} must be int32 or int64, got {tensor.dtype}")
+        require_tensor(tensor, name)
+        require(tensor.dtype in FLOATS, f"{name} must be a float tensor, got {tensor.dtype}")
+
+
+def require_integer(**tensors: Tensor) -> None:
+    """Each is a tensor of int32 or int64."""
+    for name, tensor in tensors.items():
+        require_tensor(tensor, name)
+        require(tensor.dtype in (torch.int32, torch.int64), f"{name} must be int32 or int64, got {tensor.dtype}")
 
 
 def require_same_device(**tensors: Tensor | None) -> None:
-    """All the given tensors live on one device."""
-    if len({tensor.device for tensor in tensors.values() if tensor is not None}) > 1:
-        given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-        raise ValueError(f"tensors must share one device, got {given}")
+    """All that are not None are tensors and live on one device."""
+    known = given(**tensors)
+    for name, tensor in known.items():
+        require_tensor(tensor, name)
+    if len({tensor.device for tensor in known.values()}) > 1:
+        devices = {name: tensor.device for name, tensor in known.items()}
+        raise ValueError(f"tensors must share one device, got {devices}")
+
+
+def require_window(window: int | None) -> None:
+    """A sliding window is a number of keys, or None."""
+    good = window is None or (isinstance(window, int) and not isinstance(window, bool) and window >= 1)
+    require(good, f"window must be a whole number of keys, 1 or more, or None, got {window!r}")
 
 
 def require_shape(tensor: Tensor, shape: Sequence[int | None], name: str) -> None:
-    """The tensor has this shape; None stands for any size."""
+    """A tensor of this shape; None stands for any size."""
+    require_tensor(tensor, name)
     good = tensor.dim() == len(shape) and all(
         want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
     )
@@ -78,6 +98,20 @@ def require_below(index: Tensor, limit: int, name: str) -> None:
     if index.numel() and _readable(index):
         highest = int(index.max())
         require(highest < limit, f"{name} must be below {limit}, got {highest}")
+
+
+def require_within(index: Tensor, limit: int, name: str, counted: Tensor | None = None) -> None:
+    """Every number (where ``counted``) is 0 .. limit - 1.
+
+    Looks on a CPU only, outside a graph: elsewhere the caller's docstring says what wrong numbers do.
+    """
+    if index.device.type != "cpu" or not _readable(index):
+        return
+    wrong = (index < 0) | (index >= limit)
+    if counted is not None:
+        wrong &= counted
+    if wrong.any():
+        raise ValueError(f"{name} must be 0 .. {limit - 1}, got {int(index[wrong][0])}")
 
 
 def _readable(tensor: Tensor) -> bool:

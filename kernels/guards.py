@@ -38,22 +38,23 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(ctx: Any, *grads: Tensor) -> Any:
         with torch.no_grad():
             found = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
+        through = [x for x in (*grads, *ctx.saved_tensors) if x is not None and x.requires_grad]
+        if not (torch.is_grad_enabled() and through):
             return found
         if isinstance(found, Tensor):
-            return _Refused.apply(found.detach().requires_grad_())
-        return tuple(_Refused.apply(x.detach().requires_grad_()) if isinstance(x, Tensor) else x for x in found)
+            return _Refused.apply(found, *through)
+        return tuple(_Refused.apply(x, *through) if isinstance(x, Tensor) else x for x in found)
 
     return guarded
 
 
 class _Refused(torch.autograd.Function):
-    """The identity, whose derivative is an error."""
+    """A gradient, tied to the tensors it depends on by a derivative that is an error."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, *_through: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx: Any, *_grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *_grads: Tensor) -> Any:
         raise NotImplementedError("this op is differentiable once: it has no second derivative")

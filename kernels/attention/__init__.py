@@ -38,10 +38,11 @@ def attention(
         causal: a query sees the keys up to its own position.  By default the last query of a sequence stands at the
             last key (bottom-right aligned); queries before the first key see nothing.
         softmax_scale: multiplies q k^T; None: D ** -0.5.
-        window: with causal only: a query sees this many keys, its own included (sliding window); None: all.
+        window: with causal only: a query sees this many keys, its own included (sliding window), 1 or more; None: all.
         q_slots: [T] int32 or int64, with causal only: the index in S of each query's own token, rising within each
-            sequence.  This is what context parallelism gives: local queries, gathered keys, and
-            ``PackedBatch.slots``.
+            sequence and inside it.  This is what context parallelism gives: local queries, gathered keys, and
+            ``PackedBatch.slots``.  The Triton form does not look (it would wait for the device): others give wrong
+            numbers there, never a read outside the keys.
         cu_seqlens_q_list, cu_seqlens_k_list: the same numbers on the host; without them, the device is waited for.
 
     Returns:
@@ -104,7 +105,8 @@ def decode_attention(
         k_cache_RSKD, v_cache_RSKD: [R, S, K, D], any stride (but on D, 1 saves a copy); slots at and after a row's
             length may hold anything finite.
         lengths_R: [R] int32 or int64 on the tensors' device: keys of each row, the newest token's included.
-            A row of length 0 gets 0.
+            A row of length 0 gets 0.  At most S: the Triton form does not look (it would wait for the device) and
+            takes a longer row for one of S keys.
         softmax_scale: multiplies q k^T; None: D ** -0.5.
         window: only the last ``window`` keys of a row are seen; None: all.
 
@@ -112,7 +114,7 @@ def decode_attention(
         [R, H, D] in q's dtype.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together.
+        ValueError: shapes, dtypes, devices or (torch form) lengths that do not fit together.
     """
     arguments.require_float(q_RHD=q_RHD, k_cache_RSKD=k_cache_RSKD, v_cache_RSKD=v_cache_RSKD)
     arguments.require_integer(lengths_R=lengths_R)
@@ -122,10 +124,10 @@ def decode_attention(
     arguments.require_shape(k_cache_RSKD, (num_rows, None, None, dim), "k_cache_RSKD")
     arguments.require_shape(v_cache_RSKD, k_cache_RSKD.shape, "v_cache_RSKD")
     arguments.require_shape(lengths_R, (num_rows,), "lengths_R")
-    _check_heads(num_heads, k_cache_RSKD.shape[2])
+    _check_heads(num_heads, k_cache_RSKD.shape[2], dim)
     dtypes = q_RHD.dtype, k_cache_RSKD.dtype, v_cache_RSKD.dtype
     arguments.require(len(set(dtypes)) == 1, f"q and the caches must share a dtype, got {dtypes}")
-    arguments.require(window is None or window > 0, f"window must be positive, got {window}")
+    arguments.require_window(window)
     scale = dim**-0.5 if softmax_scale is None else float(softmax_scale)
     backend = dispatch.backend_of(q_RHD)
     with torch.no_grad():
@@ -144,9 +146,10 @@ def _dense(
     window: int | None,
     q_slots: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    arguments.require(q.dim() == 4, f"without cu_seqlens q must be [B, T, H, D], got {list(q.shape)}")
+    arguments.require_shape(q, (None, None, None, None), "q, without cu_seqlens,")
     arguments.require(cu_seqlens_k is None and q_slots is None, "cu_seqlens_k and q_slots need cu_seqlens_q")
     arguments.require_shape(k, (q.shape[0], None, None, q.shape[3]), "k")
+    arguments.require_shape(v, k.shape, "v")
     rows = q.shape[0]
     ends_q, ends_k = ([row * x.shape[1] for row in range(rows + 1)] for x in (q, k))
     out, lse = attention(
@@ -176,23 +179,23 @@ def _check(
 ) -> None:
     arguments.require_float(q_THD=q, k_SKD=k, v_SKD=v)
     arguments.require(q.dtype == k.dtype == v.dtype, f"q, k, v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    arguments.require_integer(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, q_slots=q_slots)
+    arguments.require_integer(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, **arguments.given(q_slots=q_slots))
     arguments.require_same_device(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, q_slots=q_slots)
     arguments.require_shape(q, (None, None, None), "q_THD")
     arguments.require_shape(k, (None, None, q.shape[2]), "k_SKD")
     arguments.require_shape(v, k.shape, "v_SKD")
-    _check_heads(q.shape[1], k.shape[1])
-    same = cu_seqlens_q.shape == cu_seqlens_k.shape
-    arguments.require(
-        same, f"cu_seqlens_q and cu_seqlens_k differ: {cu_seqlens_q.shape[0]}, {cu_seqlens_k.shape[0]} ends"
-    )
-    arguments.require(window is None or (window > 0 and causal), f"window must be positive and causal, got {window}")
+    _check_heads(q.shape[1], k.shape[1], q.shape[2])
+    arguments.require_shape(cu_seqlens_q, (None,), "cu_seqlens_q")
+    arguments.require_shape(cu_seqlens_k, cu_seqlens_q.shape, "cu_seqlens_k")
+    arguments.require_window(window)
+    arguments.require(window is None or causal, "a window must be causal")
     if q_slots is not None:
         arguments.require(causal, "q_slots is for causal attention")
         arguments.require_shape(q_slots, (q.shape[0],), "q_slots")
 
 
-def _check_heads(num_heads: int, num_kv: int) -> None:
+def _check_heads(num_heads: int, num_kv: int, dim: int) -> None:
+    arguments.require(dim > 0, "the head size must be 1 or more")
     fits = num_kv > 0 and num_heads % num_kv == 0
     arguments.require(fits, f"{num_heads} query heads are not a multiple of {num_kv} key heads")
 

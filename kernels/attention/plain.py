@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kernels.guards import without_autocast
+
 ROWS = 256
 
 
@@ -36,6 +38,7 @@ def _scores(
         yield rows, part, scores
 
 
+@without_autocast
 def forward(
     q: Tensor, k: Tensor, v: Tensor, dropout: float, causal: bool, *, attn_mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -51,6 +54,7 @@ def forward(
     return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
 
 
+@without_autocast
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dropout: float, causal: bool,
     *, attn_mask: Tensor | None, scale: float,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import plain
+from kernels.guards import without_autocast
 
 MASK_ROWS = 256  # queries a masked tile holds at most
 _fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -200,7 +201,8 @@ def backward(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v.  Keys that several tiles share are summed in fp32."""
-    given = *(_unit(x) for x in (dout_THD, q_THD, k_SKD, v_SKD, out_THD)), lse_HT
+    q_THD, k_SKD, v_SKD = (_unit(x) for x in (q_THD, k_SKD, v_SKD))
+    given = _unit(dout_THD), q_THD, k_SKD, v_SKD, _unit(out_THD), lse_HT
     groups = _groups(tiles(ends_q, ends_k, slots, causal, window))
     if len(groups) == 1 and groups[0].fills(q_THD.shape[0], k_SKD.shape[0]):
         parts = _backward_group(*given, groups[0], scale, window)
@@ -249,14 +251,17 @@ def _backward_group(
     return parts
 
 
+@without_autocast
 def decode(
     q_RHD: Tensor, k_cache_RSKD: Tensor, v_cache_RSKD: Tensor, lengths_R: Tensor, scale: float, window: int
 ) -> Tensor:
     """One query a row against its cache; see ``decode_attention``."""
     num_rows, num_heads, dim = q_RHD.shape
-    if num_rows == 0:
-        return torch.empty_like(q_RHD)
-    longest = max(int(lengths_R.max()), 1)
+    longest = int(lengths_R.max()) if num_rows else 0
+    if longest > k_cache_RSKD.shape[1]:
+        raise ValueError(f"lengths_R must be at most the cache's {k_cache_RSKD.shape[1]} slots, got {longest}")
+    if longest <= 0:
+        return torch.zeros(q_RHD.shape, dtype=q_RHD.dtype, device=q_RHD.device)
     num_kv = k_cache_RSKD.shape[2]
     key = torch.arange(longest, device=q_RHD.device)[None, :]
     hidden = key >= lengths_R[:, None]

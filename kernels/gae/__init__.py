@@ -40,7 +40,7 @@ def gae(
     Raises:
         ValueError: shapes, dtypes or sequence ends that do not fit, gamma or lam outside 0 .. 1.
     """
-    arguments.require_float(rewards_T=rewards_T, values_T=values_T, bootstrap_R=bootstrap_R)
+    arguments.require_float(rewards_T=rewards_T, values_T=values_T, **arguments.given(bootstrap_R=bootstrap_R))
     arguments.require_integer(cu_seqlens=cu_seqlens)
     arguments.require_same_device(rewards=rewards_T, values=values_T, bootstrap=bootstrap_R)
     arguments.require_shape(rewards_T, (None,), "rewards_T")

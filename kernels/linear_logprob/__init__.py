@@ -35,12 +35,30 @@ def linear_logprob(
     mask_T: Tensor | None = None,
     valid_rows: int | None = None,
     entropy: bool = True,
+    ignore_index: int | None = -100,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of each prediction, for an unsharded vocabulary.
 
-    Arguments and errors as in ``linear_logprob_partials``.  Returns logprob [T] and entropy [T] in nats, fp32; masked
-    tokens hold 0, and so does entropy where it is not asked for.  logprob <= 0 and 0 <= entropy <= log V.
+    Arguments and errors as in ``linear_logprob_partials``, and besides:
+
+    Args:
+        ignore_index: tokens with this target are masked; None: no target says so.
+
+    Returns:
+        logprob [T] and entropy [T] in nats, fp32; masked tokens hold 0, and so does entropy where it is not asked
+        for.  logprob <= 0 and 0 <= entropy <= log V.
+
+    Raises:
+        ValueError: a vocabulary without a row; on a CPU a target that is no row and not masked.  On CUDA, where to
+            look would wait for the device, such a token's logprob is that of a logit of 0.
     """
+    _check(hidden_TD, weight_VD, targets_T, temperature, mask_T)
+    rows = weight_VD.shape[0] if valid_rows is None else valid_rows
+    arguments.require(rows > 0, f"the vocabulary must have a row, got weight {list(weight_VD.shape)}, {rows} valid")
+    if ignore_index is not None:
+        counted_T = targets_T != ignore_index
+        mask_T = counted_T if mask_T is None else mask_T & counted_T
+    arguments.require_within(targets_T, rows, "targets_T", mask_T)
     partials = linear_logprob_partials(
         hidden_TD,
         weight_VD,
@@ -60,12 +78,21 @@ def linear_cross_entropy(
     *,
     mask_T: Tensor | None = None,
     valid_rows: int | None = None,
+    ignore_index: int | None = -100,
 ) -> Tensor:
     """Cross-entropy of each token in nats, [T] fp32, 0 where masked: what SFT and pre-training minimise.
 
-    Memory: O(T + V D), never [T, V].  Arguments and errors as in ``linear_logprob_partials``.
+    Memory: O(T + V D), never [T, V].  Arguments and errors as in ``linear_logprob``.
     """
-    logprob, _ = linear_logprob(hidden_TD, weight_VD, targets_T, mask_T=mask_T, valid_rows=valid_rows, entropy=False)
+    logprob, _ = linear_logprob(
+        hidden_TD,
+        weight_VD,
+        targets_T,
+        mask_T=mask_T,
+        valid_rows=valid_rows,
+        entropy=False,
+        ignore_index=ignore_index,
+    )
     return -logprob
 
 
@@ -86,7 +113,7 @@ def linear_logprob_partials(
         hidden_TD: [T, D] fp16, bf16, fp32 (CPU also fp64); any row stride.
         weight_VD: [V, D] this shard's rows of the output matrix, any of those dtypes.  Products are of operands in
             hidden's dtype (on CPU: of both in fp32), summed in fp32.
-        targets_T: [T] int64, ids over the whole vocabulary.
+        targets_T: [T] int32 or int64, ids over the whole vocabulary.
         temperature: logits are divided by it; > 0.
         mask_T: [T] bool; False: the token is ignored (all three partials 0, no gradient, and its target may be
             anything).  None: no token is.

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.guards import without_autocast
+
 CHUNK_LOGITS = 1 << 22  # logits held at once: 16 MiB in fp32
 
 
@@ -49,6 +51,7 @@ def _active(targets: Tensor, mask: Tensor | None) -> Tensor:
     return mask.nonzero().squeeze(1)
 
 
+@without_autocast
 def forward(
     hidden_TD: Tensor,
     weight_VD: Tensor,
@@ -88,6 +91,7 @@ def forward(
     return lse.clone(), target.clone(), spread.clone()
 
 
+@without_autocast
 def backward(
     dlse_T: Tensor,
     dtarget_T: Tensor,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels import configs
 from kernels.dispatch import launch
+from kernels.guards import without_autocast
 
 CHUNK_ROWS = 8192  # vocabulary rows whose logit gradients exist at once
 PROGRAMS = 1056  # forward programs aimed at: 8 waves of 132 multiprocessors
@@ -178,6 +179,7 @@ def _whole(highest: Tensor, total: Tensor, spread: Tensor | None) -> tuple[Tenso
     return lse, (scaled / whole * (spread - log_share)).sum(0)
 
 
+@without_autocast
 def backward(
     dlse: Tensor,
     dtarget: Tensor,

@@ -34,7 +34,7 @@ def reward_head(
         hidden_TD: [T, D] packed hidden states, fp16, bf16, fp32 (CPU also fp64).
         last_R: [R] int64: where each row's last token is in T; -1: not here (another context-parallel rank has it),
             the score is then 0 and carries no gradient, so that a sum over the ranks is the score.
-            Two rows must not name one token.
+            Two rows may name one token.
         weight_D: [D] or [1, D].
         bias_1: [1]; None: no bias.
         norm_weight_D: [D]: an RMSNorm before the dot product; None: hidden is normalised already.
@@ -44,10 +44,11 @@ def reward_head(
         [R] fp32.  Gradients flow to hidden_TD, weight_D, bias_1 and norm_weight_D.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together, or a last token beyond T (to look, it waits
-            for the device).
+        ValueError: shapes, dtypes or devices that do not fit together, a negative eps, or a last token beyond T (to
+            look, it waits for the device).
     """
-    arguments.require_float(hidden_TD=hidden_TD, weight_D=weight_D, bias_1=bias_1, norm_weight_D=norm_weight_D)
+    optional = arguments.given(bias_1=bias_1, norm_weight_D=norm_weight_D)
+    arguments.require_float(hidden_TD=hidden_TD, weight_D=weight_D, **optional)
     arguments.require_integer(last_R=last_R)
     arguments.require_same_device(
         hidden=hidden_TD, last=last_R, weight=weight_D, bias=bias_1, norm_weight=norm_weight_D
@@ -59,6 +60,7 @@ def reward_head(
         arguments.require_shape(bias_1, (1,), "bias_1")
     if norm_weight_D is not None:
         arguments.require_shape(norm_weight_D, (hidden_TD.shape[1],), "norm_weight_D")
+    arguments.require(eps >= 0, f"eps must not be negative, got {eps}")
     arguments.require_below(last_R, hidden_TD.shape[0], "last_R")
     backend = dispatch.backend_of(hidden_TD)
     return _reward_head(hidden_TD, last_R, weight_D.reshape(-1), bias_1, norm_weight_D, float(eps), backend)[0]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.guards import without_autocast
+
 
 def _picked(hidden: Tensor, last: Tensor) -> Tensor:
     """[R, D] in fp32 (fp64 for fp64): each row's last hidden state; 0 where it is not here."""
@@ -15,6 +17,7 @@ def _picked(hidden: Tensor, last: Tensor) -> Tensor:
     return picked
 
 
+@without_autocast
 def forward(
     hidden: Tensor, last: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -32,6 +35,7 @@ def forward(
     return scores.masked_fill(last < 0, 0.0), rstd
 
 
+@without_autocast
 def backward(
     dscores: Tensor,
     hidden: Tensor,
@@ -58,7 +62,7 @@ def backward(
         along = dscores @ normed
         dweight, dnorm = along * scale, along * weight
     dhidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    dhidden[last[here]] = dpicked[here].to(hidden.dtype)
+    dhidden.index_put_((last[here],), dpicked[here].to(hidden.dtype), accumulate=True)  # rows may share a token
     return dhidden, dweight, dscores.sum(0, keepdim=True), dnorm
 
 

@@ -72,7 +72,9 @@ def reward_head_backward(
             dx = dscore * weight
             dweight += dscore * x
         dbias += dscore
-        tl.store(dhidden_ptr + last * width + col, dx.to(dhidden_ptr.dtype.element_ty), mask=inside & here)
+        place = dhidden_ptr + last * width + col
+        dx += tl.load(place, mask=inside & here, other=0.0).to(tl.float32)  # of an earlier row with the same token
+        tl.store(place, dx.to(dhidden_ptr.dtype.element_ty), mask=inside & here)
     tl.store(dweight_ptr + col, dweight, mask=inside)
     if HAS_NORM:
         tl.store(dnorm_ptr + col, dnorm, mask=inside)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.guards import without_autocast
 
+
+@without_autocast
 def forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """y, x + residual (y again without one), and rstd [rows] in fp32 (fp64 for fp64)."""
     total = x if residual is None else x + residual
@@ -15,6 +18,7 @@ def forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
     return y, y if residual is None else total, rstd.reshape(-1)
 
 
+@without_autocast
 def backward(dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x (and of the residual: the same) and of the weight."""
     wide = torch.promote_types(x.dtype, torch.float32)

@@ -20,21 +20,24 @@ def rope(x_THD: Tensor, cos_PF: Tensor, sin_PF: Tensor, positions_T: Tensor, *, 
     Args:
         x_THD: [T, H, D] queries or keys, D even; fp16, bf16, fp32 (CPU also fp64).
         cos_PF, sin_PF: [P, D/2] tables for the positions 0 .. P-1, see ``rope_tables``.
-        positions_T: [T] int32 or int64, each token's index in its own sequence, < P (not checked: it would wait for
-            the device).
+        positions_T: [T] int32 or int64, each token's index in its own sequence, < P.  On CUDA the caller answers for
+            it: to look would wait for the device, and a position beyond P reads outside the tables.
         in_place: write over x_THD; allowed only where no gradient is recorded.
 
     Returns:
         [T, H, D] in x's dtype; computed in fp32.  The gradient (to x only) is the opposite rotation.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or in_place where x needs a gradient.
+        ValueError: shapes, dtypes, devices or (on a CPU) positions that do not fit, or in_place where x needs a
+            gradient or its tokens share memory.
     """
     arguments.require_shape(x_THD, (None, None, None), "x_THD")
     _check(x_THD, x_THD.shape[2], cos_PF, sin_PF, positions_T)
     if in_place:
         recorded = torch.is_grad_enabled() and x_THD.requires_grad
         arguments.require(not recorded, "in_place rope would overwrite a tensor autograd needs; use it under no_grad")
+        shared = any(size > 1 and stride == 0 for size, stride in zip(x_THD.shape, x_THD.stride(), strict=True))
+        arguments.require(not shared, "in_place rope must have a place for each number of x_THD: it is expanded")
         return _rotate_in_place(x_THD, cos_PF, sin_PF, positions_T)
     backend = dispatch.backend_of(x_THD)
     if dispatch.eager(x_THD, backend) and not (torch.is_grad_enabled() and x_THD.requires_grad):
@@ -55,10 +58,8 @@ def split_rope(qkv_TGSD: Tensor, cos_PF: Tensor, sin_PF: Tensor, positions_T: Te
     Raises:
         ValueError: as ``rope``.
     """
-    arguments.require(
-        qkv_TGSD.dim() == 4 and qkv_TGSD.shape[2] >= 3,
-        f"qkv_TGSD must be [T, G, H / G + 2, D], got {list(qkv_TGSD.shape)}",
-    )
+    arguments.require_shape(qkv_TGSD, (None, None, None, None), "qkv_TGSD")
+    arguments.require(qkv_TGSD.shape[2] >= 3, f"qkv_TGSD must be [T, G, H / G + 2, D], got {list(qkv_TGSD.shape)}")
     tokens, _, slots, dim = qkv_TGSD.shape
     _check(qkv_TGSD, dim, cos_PF, sin_PF, positions_T)
     if dispatch.eager(qkv_TGSD, dispatch.backend_of(qkv_TGSD)):
@@ -104,6 +105,7 @@ def _check(x: Tensor, dim: int, cos: Tensor, sin: Tensor, positions: Tensor) -> 
     arguments.require_shape(cos, (None, dim // 2), "cos_PF")
     arguments.require_shape(sin, cos.shape, "sin_PF")
     arguments.require_shape(positions, (x.shape[0],), "positions_T")
+    arguments.require_within(positions, cos.shape[0], "positions_T")
 
 
 def rope_tables(inverse_frequencies_F: Tensor, num_positions: int) -> tuple[Tensor, Tensor]:

@@ -95,7 +95,7 @@ def value_head_loss(
 
 
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    arguments.require_float(hidden_TD=hidden, weight_D=weight, bias_1=bias)
+    arguments.require_float(hidden_TD=hidden, weight_D=weight, **arguments.given(bias_1=bias))
     arguments.require_same_device(hidden=hidden, weight=weight, bias=bias)
     arguments.require_shape(hidden, (None, None), "hidden_TD")
     arguments.require(weight.numel() == hidden.shape[1], f"weight_D must hold {hidden.shape[1]} numbers")

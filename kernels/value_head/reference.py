@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.guards import without_autocast
 
+
+@without_autocast
 def values(hidden_TD: Tensor, weight_D: Tensor, bias_1: Tensor | None) -> Tensor:
     """[T] fp32 (fp64 for fp64): hidden . weight + bias."""
     wide = torch.promote_types(hidden_TD.dtype, torch.float32)
@@ -47,6 +50,7 @@ def forward(
     return found, *loss(found, old, returns, clip, mask)
 
 
+@without_autocast
 def backward(
     dout: Tensor,
     hidden: Tensor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -224,6 +225,37 @@ def test_logprob_and_entropy_are_those_of_log_softmax(monkeypatch: pytest.Monkey
     torch.testing.assert_close(loss, torch.where(mask, cold, 0.0), rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("ignored", [-100, 3])
+def test_ignored_targets_have_no_loss_and_no_gradient(ignored: int) -> None:
+    hidden, weight = normal(7, 6).requires_grad_(), normal(12, 6, seed=1).requires_grad_()
+    targets = torch.tensor([0, ignored, 11, 3, ignored, 5, 8])
+    mask = torch.tensor([True, True, True, True, True, False, True])
+    counted = mask & (targets != ignored)
+    loss = linear_cross_entropy(hidden, weight, targets, mask_T=mask, ignore_index=ignored)
+    cold = torch.nn.functional.cross_entropy(
+        hidden @ weight.t(), targets, reduction="none", ignore_index=ignored
+    ).where(mask, 0.0)
+    torch.testing.assert_close(loss, cold, rtol=0, atol=1e-13)
+    slope = normal(7, seed=2)
+    for have, want in zip(
+        torch.autograd.grad(loss, (hidden, weight), slope),
+        torch.autograd.grad(cold, (hidden, weight), slope),
+        strict=True,
+    ):
+        torch.testing.assert_close(have, want, rtol=0, atol=1e-13)
+    logprob, entropy = linear_logprob(hidden, weight, targets, mask_T=mask, ignore_index=ignored)
+    assert (entropy > 0).tolist() == counted.tolist()
+    torch.testing.assert_close(logprob, -cold, rtol=0, atol=1e-13)
+
+
+def test_every_target_counts_where_none_is_to_be_ignored() -> None:
+    hidden, weight, targets = normal(3, 6), normal(12, 6, seed=1), torch.tensor([0, 11, 3])
+    found = linear_cross_entropy(hidden, weight, targets, ignore_index=None)
+    torch.testing.assert_close(found, linear_cross_entropy(hidden, weight, targets), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"targets_T must be 0 \.\. 11, got -100"):
+        linear_cross_entropy(hidden, weight, torch.tensor([0, -100, 3]), ignore_index=None)
+
+
 def test_logprob_gradients_are_the_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logprob_reference, "CHUNK_LOGITS", 25)
     hidden, weight = normal(7, 6).requires_grad_(), normal(12, 6, seed=1).requires_grad_()
@@ -338,6 +370,13 @@ def test_reward_head_scores_the_last_tokens_and_leaves_absent_rows_at_zero() -> 
     assert gradcheck(lambda h, w: reward_head(h, last, w), inputs[:2])
 
 
+def test_rows_that_share_a_last_token_share_its_gradient() -> None:
+    hidden, weight, norm = normal(6, 4), normal(4, seed=1), normal(4, seed=3)
+    last = torch.tensor([2, 5, 2, -1, 2])
+    inputs = tuple(t.requires_grad_() for t in (hidden, weight, norm))
+    assert gradcheck(lambda h, w, n: reward_head(h, last, w, norm_weight_D=n), inputs)
+
+
 def test_ranking_loss_is_the_mean_over_pairs_of_each_group() -> None:
     scores = torch.tensor([1.0, -0.5, 0.25, 2.0, 1.0], dtype=torch.float64)
     groups, ranks = torch.tensor([7, 3, 7, 3, 7]), torch.tensor([0, 1, 1, 0, 1])  # a tie in group 7
@@ -418,7 +457,11 @@ def test_ops_run_on_ranks_without_tokens() -> None:
     assert ranking_loss(torch.zeros(0), *(torch.zeros(0, dtype=torch.int64),) * 2).loss.shape == (0,)
 
 
-BAD_INPUT = {
+def _cache() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.zeros(2, 4, 8), torch.zeros(2, 5, 2, 8), torch.zeros(2, 5, 2, 8)
+
+
+BAD_INPUT: dict[str, Any] = {
     "a last token beyond the last": lambda: reward_head(torch.zeros(4, 8), torch.tensor([1, 4]), torch.zeros(8)),
     "ends that stop short": lambda: attention(*(torch.zeros(4, 2, 8),) * 3, torch.tensor([0, 3], dtype=torch.int32)),
     "heads that do not divide": lambda: attention(
@@ -430,6 +473,42 @@ BAD_INPUT = {
     "slots out of order": lambda: attention(
         *(torch.zeros(4, 2, 8),) * 3, ends((4,)), q_slots=torch.tensor([0, 2, 1, 3])
     ),
+    "slots beyond the keys": lambda: attention(
+        *(torch.zeros(4, 2, 8),) * 3, ends((4,)), q_slots=torch.tensor([0, 1, 2, 9])
+    ),
+    "half a window": lambda: attention(*(torch.zeros(4, 2, 8),) * 3, ends((4,)), window=2.5),
+    "a window of none": lambda: decode_attention(*_cache(), torch.tensor([1, 2]), window=0),
+    "a row longer than its cache": lambda: decode_attention(*_cache(), torch.tensor([6, 2])),
+    "a head size of 0": lambda: attention(*(torch.zeros(4, 2, 0),) * 3, ends((4,))),
+    "a number for ends": lambda: attention(*(torch.zeros(4, 2, 8),) * 3, torch.tensor(4)),
+    "a list of ends": lambda: attention(*(torch.zeros(4, 2, 8),) * 3, [0, 4]),
+    "no queries": lambda: attention(None, *(torch.zeros(4, 2, 8),) * 2, ends((4,))),
+    "a list for a weight": lambda: value_head(torch.zeros(4, 2), [1.0, 2.0]),
+    "no weight": lambda: reward_head(torch.zeros(4, 8), torch.tensor([1]), None),
+    "a list for a mask": lambda: linear_logprob(
+        torch.zeros(2, 8), torch.zeros(5, 8), torch.tensor([0, 1]), mask_T=[True, False]
+    ),
+    "a list of lists to gate": lambda: swiglu([[1.0, 2.0]]),
+    "a position beyond the tables": lambda: rope(
+        torch.zeros(4, 2, 8), *(torch.ones(4, 4),) * 2, torch.tensor([0, 1, 2, 4])
+    ),
+    "a position before the tables": lambda: split_rope(
+        torch.zeros(4, 1, 3, 8), *(torch.ones(4, 4),) * 2, torch.tensor([0, -1, 2, 3])
+    ),
+    "in-place over shared memory": lambda: rope(
+        torch.zeros(4, 1, 8).expand(4, 2, 8), *(torch.ones(4, 4),) * 2, torch.arange(4), in_place=True
+    ),
+    "a target beyond the vocabulary": lambda: linear_cross_entropy(
+        torch.zeros(2, 8), torch.zeros(5, 8), torch.tensor([0, 5])
+    ),
+    "a target of padding": lambda: linear_logprob(
+        torch.zeros(2, 8), torch.zeros(5, 8), torch.tensor([0, 4]), valid_rows=4
+    ),
+    "no vocabulary": lambda: linear_logprob(torch.zeros(2, 8), torch.zeros(0, 8), torch.tensor([0, 0])),
+    "a vocabulary of padding": lambda: linear_cross_entropy(
+        torch.zeros(2, 8), torch.zeros(5, 8), torch.tensor([0, 0]), valid_rows=0
+    ),
+    "a negative eps": lambda: reward_head(torch.zeros(4, 8), torch.tensor([1]), torch.ones(8), eps=-1.0),
     "a window without causal": lambda: attention(*(torch.zeros(4, 2, 8),) * 3, ends((4,)), causal=False, window=2),
     "an integer matrix": lambda: rms_norm(torch.zeros(4, 8, dtype=torch.int64), torch.ones(8), 1e-6),
     "a short weight": lambda: rms_norm(torch.zeros(4, 8), torch.ones(7), 1e-6),

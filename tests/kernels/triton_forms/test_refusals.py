@@ -11,6 +11,7 @@ from kernels import dispatch
 from kernels.attention import attention
 from kernels.gae import gae
 from kernels.linear_logprob import linear_logprob
+from kernels.reward_head import reward_head
 from kernels.rms_norm import rms_norm
 from kernels.swiglu import swiglu
 from tests.kernels.cases import ends, normal
@@ -44,6 +45,18 @@ def test_what_no_kernel_takes_is_refused_before_a_launch(case: str) -> None:
     ):
         REFUSED[case]()
     assert not launches
+
+
+def test_rows_that_share_a_last_token_share_its_gradient() -> None:
+    hidden, weight, norm = (normal(*shape, dtype=torch.float32).to(DEVICE) for shape in ((6, 40), (40,), (40,)))
+    last, slope = torch.tensor([2, 5, 2, -1, 2], device=DEVICE), normal(5, dtype=torch.float32, seed=1).to(DEVICE)
+    found = []
+    for backend in ("triton", "torch"):
+        leaf = hidden.clone().requires_grad_()
+        with dispatch.use(backend):  # type: ignore[arg-type]
+            scores = reward_head(leaf, last, weight, norm_weight_D=norm)
+            found.append(torch.autograd.grad(scores, leaf, slope)[0])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
 
 
 def test_backward_is_bit_for_bit_repeatable() -> None:
