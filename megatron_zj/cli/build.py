@@ -16,10 +16,11 @@ from megatron_zj.algorithms.registry import BUILDERS, Algorithm, Parts
 from megatron_zj.algorithms.shaping import ScoreScale
 from megatron_zj.checkpoint.errors import gather
 from megatron_zj.checkpoint.load import agreed_newest, load
-from megatron_zj.checkpoint.manifest import ManifestInfo, read_manifest
+from megatron_zj.checkpoint.manifest import ManifestInfo
 from megatron_zj.checkpoint.retention import CHECKPOINTS
 from megatron_zj.checkpoint.save import Checkpointer
 from megatron_zj.checkpoint.shared import require_shared
+from megatron_zj.cli.sources import require_position, require_resumable, starting_checkpoints
 from megatron_zj.config import derived
 from megatron_zj.config.loader import ConfigError, to_dict
 from megatron_zj.config.run import RunConfig
@@ -68,17 +69,22 @@ def build_run(config: RunConfig, process: Process) -> Run:
         root = config.run.dir / CHECKPOINTS
         resumed = find_own_checkpoint(config, root)
         tokenizer = checked_tokenizer(config)
-        stream, validation = build_streams(config, tokenizer)  # before the models: bad data is told at once
+        fingerprint = tokenizer.fingerprint()
+        starts = {} if resumed else starting_checkpoints(config, fingerprint)  # like bad data, told before the models
+        stream, validation = build_streams(config, tokenizer)
+        if resumed is not None:
+            require_resumable(config, resumed, fingerprint)
+            require_position(stream, load(resumed, {}))
         roles = build_roles(config, process, resumes=resumed is not None)
         engines = {name: role.engine for name, role in roles.items()}
         scale = ScoreScale()
         if resumed is None:
-            scale = load_starting_weights(config, roles, tokenizer.fingerprint())
+            scale = load_starting_weights(config, roles, fingerprint, starts)
         parts = build_parts(config, roles, tokenizer, timers, scale, stream, validation)
         algorithm = BUILDERS[config.algorithm.kind](config.algorithm, parts)
         if resumed is not None:
             logger.info("resuming from %s", resumed)
-            algorithm.load_state_dict(load(resumed, engines, tokenizer=tokenizer.fingerprint()))
+            algorithm.load_state_dict(load(resumed, engines, tokenizer=fingerprint))
     checkpointer = Checkpointer(root, config.checkpoint, ManifestInfo(to_dict(config), tokenizer))
     callbacks = build_callbacks(config, process, algorithm, checkpointer, engines, timers)
     profiler = StepProfiler(config.run.dir / PROFILE, config.run.profile_steps, process.rank)
@@ -166,19 +172,15 @@ def build_roles(config: RunConfig, process: Process, *, resumes: bool) -> dict[s
     return roles
 
 
-def load_starting_weights(config: RunConfig, built: Mapping[str, Role], fingerprint: str) -> ScoreScale:
+def load_starting_weights(
+    config: RunConfig, built: Mapping[str, Role], fingerprint: str, starts: Mapping[str, Path]
+) -> ScoreScale:
     """Weights of earlier stages, role by role; returns the scale of the reward model's scores, where there is one."""
     scale = ScoreScale()
     for name, settings in derived.roles(config).items():
-        path = derived.starting_point(config, name)
-        if path is None:
-            if config.algorithm.role_kinds[name].needs_weights:
-                raise ConfigError([f"algorithm.{name}.load: the {name} needs weights; give a checkpoint"])
-            continue
-        folder = agreed_newest(path)
+        folder = starts.get(name)
         if folder is None:
-            raise ConfigError([f"algorithm.{name}: no complete checkpoint in {path}"])
-        _require_same_head(config, name, folder)
+            continue
         renamed = {name: settings.load_role} if settings.load_role else None
         load(folder, {name: built[name].engine}, roles=renamed, weights_only=True, tokenizer=fingerprint)
         if name == "reward":
@@ -186,20 +188,6 @@ def load_starting_weights(config: RunConfig, built: Mapping[str, Role], fingerpr
             logger.info(require_head(built[name], state.get("head"), str(folder)))
             scale = _score_scale(state)
     return scale
-
-
-def _require_same_head(config: RunConfig, name: str, folder: Path) -> None:
-    """A head that nobody trained would be random: only a value or score head that learns here may start fresh."""
-    kind, stored = config.algorithm.role_kinds[name], read_manifest(folder).roles
-    source = derived.roles(config)[name].load_role or (name if name in stored else next(iter(stored)))
-    fresh = kind.trains and kind.head != "lm"
-    if not fresh and source in stored and stored[source].head != kind.head:
-        raise ConfigError(
-            [
-                f"algorithm.{name}.load: {folder} holds a model with a {stored[source].head!r} head as {source!r}, and "
-                f"the {name} needs a {kind.head!r} head; name the checkpoint of a run that trained one"
-            ]
-        )
 
 
 def _score_scale(reward_run: Mapping[str, Any]) -> ScoreScale:
