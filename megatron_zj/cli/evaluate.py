@@ -120,15 +120,32 @@ def _contest_problems(config: EvaluationConfig) -> list[str]:
         return []
     blunt = [suite for suite in config.suites if suite not in ITEM_SCORES]
     problems = [f"against: the suite {suite} has no scores by item; {', '.join(ITEM_SCORES)} have" for suite in blunt]
-    paths = [config.against / FOLDER / f"{suite}.json" for suite in config.suites if suite in ITEM_SCORES]
-    gone = [path for path in paths if not path.is_file()]
-    return [*problems, *(f"against: {path} does not exist; evaluate that model first" for path in gone)]
+    for suite in dict.fromkeys(suite for suite in config.suites if suite in ITEM_SCORES):
+        try:
+            _their_scores(config.against, suite)
+        except ConfigError as error:
+            problems += error.problems
+    return problems
+
+
+def _their_scores(against: Path, suite: Suite) -> list[float]:
+    """Item by item, of the model whose results are in ``against``.  ConfigError where that file has none."""
+    path = against / FOLDER / f"{suite}.json"
+    if not path.is_file():
+        raise ConfigError([f"against: {path} does not exist; evaluate that model first"])
+    try:
+        return [float(score) for score in ITEM_SCORES[suite](json.loads(path.read_text(encoding="utf-8")))]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        found = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise ConfigError(
+            [f"against: {path} is no result of the suite {suite} ({found}); evaluate that model again"]
+        ) from error
 
 
 def _contest(against: Path, suite: Suite, result: Json, margin: float) -> Json:
     """Shares of items won, tied and lost to the model whose results are in ``against``."""
     path = against / FOLDER / f"{suite}.json"
-    ours, theirs = ITEM_SCORES[suite](result), ITEM_SCORES[suite](json.loads(path.read_text(encoding="utf-8")))
+    ours, theirs = ITEM_SCORES[suite](result), _their_scores(against, suite)
     if len(ours) != len(theirs):
         raise ConfigError(
             [

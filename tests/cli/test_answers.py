@@ -141,6 +141,32 @@ def test_two_models_are_compared_item_by_item(world: Path) -> None:
     assert f"against: {world / 'gone/evaluation/clinic.json'} does not exist" in outcome.error
 
 
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ('{"answers": [', "Expecting value: line 1 column 14"),
+        ('{"scores": [1]}', "no 'answers'"),
+        ('{"answers": [{"score": "high"}]}', "could not convert string to float: 'high'"),
+        ('{"answers": [1]}', "not subscriptable"),
+        ("[]", "list indices must be"),
+        ("\udcff", "can't decode byte 0xff"),
+    ],
+)
+def test_results_to_compare_with_are_read_before_anything_is_asked(
+    tmp_path: Path, content: str, complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs, cases = tmp_path / "theirs/evaluation/clinic.json", tmp_path / "cases.jsonl"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(content.encode("utf-8", "surrogateescape"))
+    cases.touch()
+    argv = ["checkpoint.load=x", f"data.files=[{cases}]", "suites=[clinic]", f"against={tmp_path / 'theirs'}"]
+    assert main(["evaluate", *argv]) == 1
+    shown = capsys.readouterr().err
+    assert f"error: against: {theirs} is no result of the suite clinic (" in shown
+    assert complaint in shown
+    assert "); evaluate that model again" in shown
+
+
 def _lowered(source: Path, target: Path, suites: list[str]) -> Path:
     (target / "evaluation").mkdir(parents=True)
     for suite in suites:
