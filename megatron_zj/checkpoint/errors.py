@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from megatron_zj.runtime.files import NO_SPACE, room
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or must not be read.  The message names the file and what to do."""
 
 
-def explain(error: BaseException, doing: str) -> str:
-    """``error`` as a sentence for the user.  ``doing`` names the action and the file."""
+def explain(error: BaseException, doing: str, advice: str = "free some space") -> str:
+    """``error`` as a sentence for the user.  ``doing`` names the action and the file; ``advice`` is for a full disk."""
     if isinstance(error, CheckpointError):
         return str(error)
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in _NO_SPACE:
-            return (
-                f"no space left while {doing} ({cause.strerror}). The previous checkpoint is untouched: "
-                "free some space, lower checkpoint.keep_last, or set run.dir to a larger disk"
-            )
+        if isinstance(cause, OSError) and cause.errno in NO_SPACE:
+            file = f"{cause.filename}: " if cause.filename else ""
+            where = f"; {room(Path(cause.filename), cause.errno)}" if cause.filename else ""
+            return f"no space left while {doing} ({file}{cause.strerror}{where}). {advice}"
         cause = cause.__cause__ or cause.__context__
     return f"{type(error).__name__} while {doing}: {error}"
 
@@ -58,8 +57,9 @@ def agree(error: str | None, cause: BaseException | None = None) -> None:
 
 
 @contextlib.contextmanager
-def everywhere(doing: str) -> Iterator[None]:
+def everywhere(doing: str, advice: str = "free some space") -> Iterator[None]:
     """Run the block on every rank, then agree: what goes wrong on one rank is raised on all.  Collective.
+    ``advice`` is for a full disk.
 
     ``CheckpointException`` of torch is a BaseException, so ``except Exception`` would let it through.
     """
@@ -67,7 +67,7 @@ def everywhere(doing: str) -> Iterator[None]:
     try:
         yield
     except (Exception, CheckpointException) as caught:
-        error, cause = explain(caught, doing), caught
+        error, cause = explain(caught, doing, advice), caught
     agree(error, cause)
 
 

@@ -39,7 +39,8 @@ class HashingFile:
         """Append; bytes written."""
         view = memoryview(data).cast("B")
         try:
-            self._file.write(view)
+            with files.named(self.path):
+                self._file.write(view)
         except OSError as error:
             self.error = error  # a C++ caller would lose it
             raise
@@ -53,18 +54,18 @@ class HashingFile:
 
     def flush(self) -> None:
         """Hand everything to the operating system."""
-        self._file.flush()
+        with files.named(self.path):
+            self._file.flush()
 
     def close(self) -> FileRecord:
         """Reach the disk, then close."""
         try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with files.named(self.path), self._file:  # which flushes once more, and fails once more
+                self._file.flush()
+                os.fsync(self._file.fileno())
         except OSError as error:
             self.error = error
             raise
-        finally:
-            self._file.close()
         return FileRecord(self.position, self._hash.hexdigest())
 
     def __enter__(self) -> HashingFile:
@@ -122,12 +123,10 @@ def copy_file(source: Path, target: Path) -> FileRecord:
         return file.close()
 
 
-def require_space(folder: Path, needed: int) -> None:
-    """Refuse before the first byte when ``needed`` bytes do not fit."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
+def require_space(folder: Path, needed: int, advice: str) -> None:
+    """Refuse before the first byte when ``needed`` bytes do not fit; the ``advice`` ends the message."""
+    if needed > shutil.disk_usage(files.existing(folder)).free:
         raise CheckpointError(
-            f"no space left for a checkpoint in {folder}: it needs {needed / 2**20:.1f} MiB and {free / 2**20:.1f} MiB "
-            "are free. The previous checkpoint is untouched: free some space, lower checkpoint.keep_last, or set "
-            "run.dir to a larger disk"
+            f"no space left for a checkpoint in {folder}: it needs {needed / 2**20:.1f} MiB, and {files.room(folder)}. "
+            f"{advice}"
         )

@@ -58,6 +58,7 @@ from megatron_zj.models.canonical import (
 log = logging.getLogger(__name__)
 EXTRA = "zj_extra.safetensors"
 LM_HEAD = "lm_head.weight"
+_ELSEWHERE = "Free some space, or give --to a folder on another disk"
 ORIGINAL = "hugging_face"  # folder of the imported config.json inside a checkpoint
 _KEPT_FILES = ("config.json", "generation_config.json")
 _TOKENIZER_FILES = (
@@ -372,7 +373,7 @@ def _complete_or_absent(target: Path, write: Callable[[Path], None]) -> Path:
             target.rmdir()
         partial.rename(target)
     except OSError as error:
-        raise CheckpointError(explain(error, f"writing {target}")) from error
+        raise CheckpointError(explain(error, f"writing {target}", _ELSEWHERE)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_zj.checkpoint.errors import CheckpointError
 from megatron_zj.checkpoint.files import read_json, write_json
-from megatron_zj.runtime.files import fsync
+from megatron_zj.runtime.files import fsync, named
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -129,7 +129,7 @@ def write_file(path: Path, tensors: Sequence[Outgoing]) -> None:
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
+    with named(path), open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
             data = tensor.produce()

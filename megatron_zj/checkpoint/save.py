@@ -116,7 +116,8 @@ class Checkpointer:
         """
         self.wait()
         folder: Path | None = None
-        with everywhere(f"starting a checkpoint in {self.root}"):
+        advice = _advice(self.root)
+        with everywhere(f"starting a checkpoint in {self.root}", advice):
             folder = retention.begin(self.root, step) if this_rank() == 0 else None
         folder = Path(gather(str(folder))[0])
         try:
@@ -126,10 +127,10 @@ class Checkpointer:
                 save.thread.start()
                 self._pending = save
                 return
-            with everywhere(f"writing {folder}"):
+            with everywhere(f"writing {folder}", advice):
                 _write(save)
             save.deadline = time.monotonic() + _VISIBLE_SECONDS
-            with everywhere(f"finishing {folder}"):
+            with everywhere(f"finishing {folder}", advice):
                 self._finish(save)
         except CheckpointError:
             _discard(folder)
@@ -188,14 +189,14 @@ class Checkpointer:
             roles.update(infos)
         ranks = {role: sum(role in infos for *_, infos in described) for role in roles}
         save = _Save(step, folder, parts, roles, ranks)
-        with everywhere(f"writing {folder}"):
+        with everywhere(f"writing {folder}", advice := _advice(self.root)):
             missing = sorted(set(engines) - set(roles))
             if missing:
                 raise CheckpointError(f"no rank holds an engine for the roles {missing}")
             if mark != described[0][1]:
                 raise CheckpointError("the algorithm's state_dict() differs from rank 0's; it must be the same on all")
             if this_rank() == 0:
-                require_space(self.root, sum(size for size, *_ in described))
+                require_space(self.root, sum(size for size, *_ in described), advice)
                 self._write_small(save, algorithm_state)
         return save
 
@@ -236,6 +237,26 @@ class Checkpointer:
         else:
             if deleted:
                 log.info("deleted %s", [path.name for path in deleted])
+
+
+def require_room(root: Path, needed: int) -> None:
+    """Refuse a run whose checkpoints, of ``needed`` bytes each, do not fit below ``root``.  Collective over the world.
+
+    To be asked before the first step: the first save may be hours away.
+    """
+    with everywhere(f"looking for room in {root}"):
+        if this_rank() == 0:
+            require_space(root, needed, _advice(root))
+
+
+def _advice(root: Path) -> str:
+    """What to do about a full disk, and what is not lost."""
+    if not retention.complete_steps(root):
+        return "Free some space, or set run.dir to a larger disk"
+    return (
+        "The checkpoints saved before are complete: free some space, lower checkpoint.keep_last, or set run.dir to a "
+        "larger disk"
+    )
 
 
 def _describe(engine: Saveable) -> RoleInfo:
@@ -304,7 +325,7 @@ def _run(save: _Save, checkpointer: Checkpointer) -> None:
         save.written.set()
         checkpointer._finish(save)
     except BaseException as error:  # the thread ends here; wait() raises it
-        save.error = explain(error, f"writing {save.folder} in the background")
+        save.error = explain(error, f"writing {save.folder} in the background", _advice(save.folder.parent))
     finally:
         save.written.set()
 

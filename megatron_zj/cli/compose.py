@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_zj.config.loader import ConfigError, load, suggestion, to_dict
 from megatron_zj.config.run import RunConfig
+from megatron_zj.runtime.files import write_whole
 
 PRIMARY = "train"  # conf/train.yaml
 POLYMORPHIC = ("algorithm", "data")  # groups whose options are of different kinds
@@ -69,7 +70,7 @@ def frozen_text(config: RunConfig) -> str:
 def save_frozen(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration, so that ``load_frozen`` gives an equal one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(frozen_text(config), encoding="utf-8")
+    write_whole(path, frozen_text(config).encode())
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
 import importlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 
 from megatron_zj.config.loader import ConfigError
+from megatron_zj.runtime.files import NO_SPACE, room
 
 COMMANDS = {
     "train": "train a model: zj train experiment=demo/pretrain (under torchrun for several ranks)",
@@ -115,8 +116,10 @@ def _message(error: BaseException) -> str:
     lines = (str(error).strip() or type(error).__name__).splitlines()
     if isinstance(error, OSError) and error.strerror and error.filename:
         lines = [f"{error.filename}: {error.strerror}"]
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        lines.append("free some space, or set run.dir to another disk; the checkpoints saved before are complete")
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
+        why = f"{room(Path(error.filename), error.errno)}: " if error.filename else ""
+        lines.append(f"{why}free some space, or name a folder on another disk (run.dir, out or --to)")
+    lines += getattr(error, "__notes__", [])
     if isinstance(error, MemoryError) or _is_gpu_memory(error):
         lines = ["out of memory", *lines]
         lines.append("lower engine.micro_batch_tokens, set engine.recompute, or use more ranks; zj check estimates it")

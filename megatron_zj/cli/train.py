@@ -7,12 +7,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_zj.checkpoint.retention import CHECKPOINTS, newest
+from megatron_zj.checkpoint.save import require_room
 from megatron_zj.cli.build import build_run
 from megatron_zj.cli.compose import compose_run, load_frozen, save_frozen
 from megatron_zj.cli.main import guarded
 from megatron_zj.config.checks import require
+from megatron_zj.config.derived import engine_of, head_of, is_trained, roles
 from megatron_zj.config.run import RunConfig
+from megatron_zj.models.flops import checkpoint_bytes
 from megatron_zj.runtime.distributed import Process, session, world_size_of_environment
+from megatron_zj.runtime.files import NO_SPACE
 from megatron_zj.runtime.log import setup
 from megatron_zj.train.loop import run
 
@@ -27,8 +32,13 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--config is a whole configuration; it takes no overrides")
     config = load_frozen(arguments.config) if arguments.config else compose_run(arguments.overrides)
     require(config, world_size_of_environment())
-    with session(config.run.device, config.run.timeout_seconds) as process:
-        train(config, process)
+    try:
+        with session(config.run.device, config.run.timeout_seconds) as process:
+            train(config, process)
+    except OSError as error:
+        if error.errno in NO_SPACE and newest(config.run.dir) is not None:
+            error.add_note("the checkpoints saved before are complete")
+        raise
     return 0
 
 
@@ -36,9 +46,25 @@ def train(config: RunConfig, process: Process) -> None:
     """One run, from the first log line to the last checkpoint.  Collective over the world."""
     setup(process, config.run.dir)
     built = build_run(config, process)
+    if built.algorithm.num_steps_done < config.run.num_steps:
+        with process.activity.doing("looking for room"):
+            require_room(config.run.dir / CHECKPOINTS, _checkpoint_bytes(config))
     if process.rank == 0:  # now that nothing was refused: the file may be an earlier run's
         save_frozen(config, config.run.dir / "config.yaml")
     run(built.algorithm, config.run.num_steps, built.callbacks, built.timers, built.describe, built.profiler)
+
+
+def _checkpoint_bytes(config: RunConfig) -> int:
+    """Of all models; the algorithm's own state is small beside them."""
+    return sum(
+        checkpoint_bytes(
+            config.model,
+            head_of(config, name),
+            engine_of(config, role).precision,
+            trainable=is_trained(config, name),
+        )
+        for name, role in roles(config).items()
+    )
 
 
 if __name__ == "__main__":

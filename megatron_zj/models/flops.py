@@ -42,6 +42,16 @@ def training_flops_per_token(model: ModelConfig, sequence_length: float, head: H
     return 3 * forward_flops_per_token(model, sequence_length, head)
 
 
+def checkpoint_bytes(model: ModelConfig, head: HeadKind, precision: str, *, trainable: bool) -> int:
+    """What one model's weights, and Adam's moments and fp32 masters, take on the disk."""
+    return parameters(model, head, padded=True) * (_BYTES[precision] + trainable * _optimizer_bytes(precision))
+
+
+def _optimizer_bytes(precision: str) -> int:
+    """A parameter's two moments, and its fp32 master where the weight itself is none."""
+    return 8 if precision == "fp32" else 12
+
+
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes on the fullest rank of one model."""
@@ -103,11 +113,10 @@ def _stage_memory(
         working = _layer_activations(model, parallel, engine.precision, ())
         return MemoryEstimate(count * size, 0, 0, int(working * engine.micro_batch_tokens / parallel.cp))
     shards = data_parallel * parallel.cp if engine.distributed_optimizer else 1
-    state = 8 if engine.precision == "fp32" else 12
     return MemoryEstimate(
         weights=count * size,
         gradients=count * 4,  # reduced in fp32
-        optimizer=count * state // shards,
+        optimizer=count * _optimizer_bytes(engine.precision) // shards,
         activations=_stage_activations(model, head, parallel, engine, stage),
     )
 

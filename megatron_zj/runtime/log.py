@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import sys
@@ -23,8 +24,28 @@ class _AboveTheBar(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             tqdm.write(self.format(record), file=sys.stderr)
-        except (OSError, ValueError):  # the terminal went away, or stderr is closed at exit
-            self.handleError(record)
+        except (OSError, ValueError):  # the terminal went away, or stderr is closed at exit: nowhere to say so
+            return
+
+
+class _LogFile(logging.FileHandler):
+    """Where the disk is full, lines are lost, which is said once: they are on the screen too, and a run goes on."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Anything but a file that cannot be written is a fault of ours, and logging shows it."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._told:
+            self._told = True
+            tqdm.write(f"{self.baseFilename}: {error.strerror}: the log goes on here only", file=sys.stderr)
+
+    def close(self) -> None:
+        """What could not be written is lost."""
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 def setup(process: Process, folder: Path | None) -> logging.Logger:
@@ -43,7 +64,7 @@ def setup(process: Process, folder: Path | None) -> logging.Logger:
     screen[0].setFormatter(logging.Formatter(f"%(asctime)s {who}%(message)s", "%H:%M:%S"))
     if folder is not None and process.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(folder / FILE_NAME, encoding="utf-8")
+        file = _LogFile(folder / FILE_NAME, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         screen.append(file)
     for handler in screen:

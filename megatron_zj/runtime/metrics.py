@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from megatron_zj.runtime.files import write_whole
+from megatron_zj.runtime.files import named, write_whole
 
 FILE_NAME = "metrics.jsonl"
 
@@ -49,7 +49,7 @@ class MetricsLog:
         values = {name: float(value) for name, value in metrics.items()}
         line: dict[str, float | None] = {"step": step, "time": round(time.time(), 3)}
         line.update({name: value if math.isfinite(value) else None for name, value in values.items()})
-        with self._path.open("a", encoding="utf-8") as file:
+        with named(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
         if self._summary is not None:
             for name, value in values.items():

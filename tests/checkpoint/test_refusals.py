@@ -257,14 +257,15 @@ def test_a_disk_that_fills_up_is_a_clear_error_and_the_previous_checkpoint_stays
 ) -> None:
     for message, names in run_ranks(2, _full_disk, tmp_path, asynchronous):
         assert "no space left" in message
-        assert "The previous checkpoint is untouched" in message
+        assert ".distcp: File too large" in message
+        assert "The checkpoints saved before are complete: free some space, lower checkpoint.keep_last" in message
         assert names == ["step_00000001"]
     assert newest(tmp_path) == tmp_path / "step_00000001"
 
 
 def test_a_checkpoint_that_cannot_fit_is_refused_before_the_first_byte(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="needs 1073741824"):
-        checkpoint_files.require_space(tmp_path, 2**50)
+        checkpoint_files.require_space(tmp_path, 2**50, "")
 
 
 def test_the_shape_fields_that_only_cap_a_run_may_differ() -> None:

@@ -252,7 +252,8 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_what_to_do(
     outcome = zj(train_argv("sft", world, "full"))
     assert outcome.code == 1
     assert f"no space left for a checkpoint in {world}/full/checkpoints" in outcome.error
-    assert "free some space, lower checkpoint.keep_last, or set run.dir to a larger disk" in outcome.error
+    assert "The checkpoints saved before are complete: free some space, lower checkpoint.keep_last" in outcome.error
+    assert "step 2/" not in outcome.output  # nothing is learned that could not be kept
     kept = newest(world / "full")
     assert kept is not None
     assert kept.name == "step_00000001"

@@ -52,7 +52,7 @@ OwnError.__module__ = "megatron_zj.data.errors"
         (ConfigError(["a: wrong", "b: wrong"]), "error: a: wrong\n  b: wrong\n"),
         (OwnError("record 3 is empty"), "error: record 3 is empty\n"),
         (FileNotFoundError(2, "No such file or directory", "x.jsonl"), "error: x.jsonl: No such file or directory\n"),
-        (OSError(28, "No space left on device", "ckpt"), "error: ckpt: No space left on device\n  free some space"),
+        (OSError(28, "No space left on device", "ckpt"), "error: ckpt: No space left on device\n  the disk at /"),
     ],
 )
 def test_an_error_of_the_users_is_one_message_without_a_traceback(
