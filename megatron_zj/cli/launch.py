@@ -51,6 +51,7 @@ def main(argv: Sequence[str], train: Sequence[str] = TRAIN) -> int:
             account=options.account,
             parallel_jobs=options.parallel_jobs,
             max_restarts=options.max_restarts,
+            cpus_per_rank=options.cpus_per_rank,
         )
         script = write_sbatch(jobs, options.dir, allocation, train)
         sys.stdout.write(f"{len(jobs)} jobs frozen under {options.dir}\nsubmit with: sbatch {script}\n")
@@ -81,6 +82,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     slurm.add_argument("--slurm", action="store_true", help="write one sbatch array instead of running")
     slurm.add_argument(
         "--nodes", type=_count, default=1, metavar="N", help="nodes a job; world_size is shared among them"
+    )
+    slurm.add_argument(
+        "--gpus-per-node", type=_count, default=8, metavar="N", help="GPUs a node has; a job may ask for fewer"
+    )
+    slurm.add_argument(
+        "--cpus-per-rank", type=_count, metavar="N", help="cores a rank asks for; default 4 with a GPU, 1 without"
     )
     slurm.add_argument("--time", default="24:00:00", help="time limit of a job")
     slurm.add_argument("--partition", help="SLURM partition")
@@ -128,9 +135,28 @@ def _plan(options: argparse.Namespace) -> list[Job]:
         jobs.append(Job.of(index, point, config, world_size, folder, swept=not one_folder))
     if problems:
         raise ConfigError(problems)
-    if options.slurm and any(job.world_size % options.nodes for job in jobs):
-        raise ConfigError([f"--nodes {options.nodes} does not divide the world size of every job"])
+    if options.slurm:
+        _require_one_shape(jobs, options.nodes, options.gpus_per_node)
     return jobs
+
+
+def _require_one_shape(jobs: list[Job], nodes: int, gpus_per_node: int) -> None:
+    """One array asks for the same nodes for each of its jobs."""
+    sizes = sorted({job.world_size for job in jobs})
+    if len(sizes) > 1:
+        raise ConfigError(
+            [f"--slurm: one array has one size of job, this sweep has {sizes} ranks; sweep each size alone"]
+        )
+    ranks, rest = divmod(sizes[0], nodes)
+    if rest:
+        raise ConfigError([f"--nodes: {nodes} does not divide the {sizes[0]} ranks of a job; change it or world_size"])
+    if ranks > gpus_per_node and any(job.config.run.device != "cpu" for job in jobs):
+        raise ConfigError(
+            [
+                f"--nodes: {sizes[0]} ranks on {nodes} are {ranks} GPUs a node, and a node has {gpus_per_node}; set "
+                f"--nodes {-(-sizes[0] // gpus_per_node)}, or --gpus-per-node {ranks} where nodes have as many"
+            ]
+        )
 
 
 def _require(config: RunConfig, world_size: int, options: argparse.Namespace) -> None:

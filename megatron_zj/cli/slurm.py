@@ -21,10 +21,12 @@ class Allocation:
     account: str | None
     parallel_jobs: int  # jobs of the array at the same time
     max_restarts: int  # of dead workers, by torchrun
+    cpus_per_rank: int | None = None  # None: 4 beside a GPU, 1 without; SLURM's own default is one core for a node
 
 
 # A requeued or restarted job resumes from its newest checkpoint, because its run.dir is fixed.  The port comes from the
-# job id, which each task of an array has for itself, so that two jobs that share a node do not meet.
+# job id, which each task of an array has for itself, so that two jobs that share a node do not meet.  srun is told the
+# cores again: since SLURM 22.05 it does not take them over from sbatch.
 _SCRIPT = """#!/bin/bash
 {directives}
 set -euo pipefail
@@ -40,7 +42,7 @@ state() {{
 }}
 state running null
 code=0
-srun --kill-on-bad-exit=1 --ntasks-per-node=1 {python} -m torch.distributed.run \\
+srun --kill-on-bad-exit=1 --ntasks-per-node=1 --cpus-per-task={cpus} {python} -m torch.distributed.run \\
   --nnodes="$SLURM_NNODES" --nproc-per-node={nproc} --max-restarts={max_restarts} \\
   --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$HEAD:$PORT" \\
   {train} "$FOLDER/config.yaml" || code=$?
@@ -52,19 +54,18 @@ exit "$code"
 def write_sbatch(jobs: Sequence[Job], root: Path, allocation: Allocation, train: Sequence[str]) -> Path:
     """Write ``root/sweep.sbatch`` and the list of folders it reads.  Returns the script's path.
 
-    All jobs of one array ask for the same resources: the largest world size decides, jobs of another size raise
-    ValueError.
+    All jobs of one array ask for the same resources, so they must be of one size; another raises ValueError.
     """
-    sizes = {job.world_size for job in jobs}
-    if len(sizes) != 1:
-        raise ValueError(f"one array has one size of job, this sweep has {sorted(sizes)} ranks; sweep each size alone")
-    nproc = sizes.pop() // allocation.nodes
+    [size] = {job.world_size for job in jobs}
+    nproc = size // allocation.nodes
     root = root.resolve()
     listing, script = root / "jobs.txt", root / "sweep.sbatch"
     listing.write_text("".join(f"{job.folder.resolve()}\n" for job in jobs), encoding="utf-8")
     on_gpu = all(job.config.run.device != "cpu" for job in jobs)
+    cpus = nproc * (allocation.cpus_per_rank or (4 if on_gpu else 1))
     text = _SCRIPT.format(
-        directives="\n".join(_directives(len(jobs), nproc, root, allocation, on_gpu)),
+        directives="\n".join(_directives(len(jobs), nproc if on_gpu else None, cpus, root, allocation)),
+        cpus=cpus,
         cwd=shlex.quote(str(Path.cwd())),
         exports="\n".join(f"export {name}={value}" for name, value in ENVIRONMENT.items()),
         listing=shlex.quote(str(listing)),
@@ -77,14 +78,14 @@ def write_sbatch(jobs: Sequence[Job], root: Path, allocation: Allocation, train:
     return script
 
 
-def _directives(num_jobs: int, nproc: int, root: Path, allocation: Allocation, on_gpu: bool) -> list[str]:
+def _directives(num_jobs: int, gpus: int | None, cpus: int, root: Path, allocation: Allocation) -> list[str]:
     options = {
         "job-name": f"zj-{root.name}",
         "array": f"0-{num_jobs - 1}%{allocation.parallel_jobs}",
         "nodes": str(allocation.nodes),
         "ntasks-per-node": "1",
-        "gpus-per-node": str(nproc) if on_gpu else None,
-        "cpus-per-task": None if on_gpu else str(nproc),
+        "gpus-per-node": None if gpus is None else str(gpus),
+        "cpus-per-task": str(cpus),
         "time": allocation.time,
         "partition": allocation.partition,
         "account": allocation.account,

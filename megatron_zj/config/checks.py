@@ -187,6 +187,12 @@ def _engines(config: RunConfig, blocks: list[Block]) -> Iterator[Finding]:
                 yield Finding(key=f"{key}.precision", message="model.fp8 needs bf16 or fp16")
             if engine.precision == "fp16" and config.run.device == "cpu":
                 yield Finding(level="note", key=f"{key}.precision", message="fp16 on a CPU is slow; fp32 is faster")
+    if config.run.device == "cpu" and config.model.kernels in ("triton", "te"):
+        yield Finding(
+            key="model.kernels",
+            message=f"{config.model.kernels} needs a CUDA device and run.device is cpu; set model.kernels=auto (or, "
+            "for Triton's interpreter, run.device=auto on a machine without a GPU)",
+        )
     if config.model.dropout > 0 and isinstance(config.algorithm, DPOConfig):
         yield Finding(
             key="model.dropout",

@@ -90,6 +90,12 @@ def derive(record: Record, kind: Kind) -> Record:
         return PromptRecord(record.messages[:-1])
     if isinstance(record, DialogueRecord) and kind == "corpus":
         return TextRecord("\n".join(message.content for message in record.messages))
+    if isinstance(record, PromptRecord) and kind == "chat":
+        raise BadRecord(
+            "the dialogue ends with the user, so it has no answer to learn",
+            hint="add the answer, or set data.on_bad_record=skip to leave such records out (data.kind=prompts takes "
+            "them as they are)",
+        )
     raise BadRecord(
         f"the file gives {_PRODUCES[type(record)]} records, and no {kind} record follows from one",
         hint=f"give a file for data.kind={kind}, or change data.kind",

@@ -184,11 +184,48 @@ def test_slurm_gets_one_array_that_bash_accepts(tmp_path: Path, capsys: pytest.C
     assert f"submit with: sbatch {script}" in capsys.readouterr().out
     subprocess.run(["bash", "-n", str(script)], check=True)
     text = script.read_text()
-    for line in ("--array=0-1%8", "--nodes=8", "--gpus-per-node=8", "--time=3-00:00:00", "--partition=gpu"):
+    asked = ("--array=0-1%8", "--nodes=8", "--gpus-per-node=8", "--cpus-per-task=32", "--time=3-00:00:00")
+    for line in (*asked, "--partition=gpu"):
         assert f"#SBATCH {line}\n" in text
+    assert "srun --kill-on-bad-exit=1 --ntasks-per-node=1 --cpus-per-task=32 " in text
     folders = (root / "jobs.txt").read_text().splitlines()
     assert [load_frozen(Path(folder) / "config.yaml").optim.lr for folder in folders] == [1e-5, 5e-5]
     assert states(root) == dict.fromkeys((Path(folder).name for folder in folders), "waiting")
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["experiment=debug/pretrain", "world_size=1,2"], "one array has one size of job, this sweep has [1, 2] ranks"),
+        (["--nodes", "3", "experiment=debug/pretrain", "run.seed=1,2"], "--nodes: 3 does not divide the 1 ranks"),
+        (
+            ["--nodes", "2", "experiment=zhongjing/pretrain", "layout=64gpu"],
+            "--nodes: 64 ranks on 2 are 32 GPUs a node, and a node has 8; set --nodes 8, or --gpus-per-node 32",
+        ),
+    ],
+)
+def test_jobs_that_do_not_fit_their_nodes_are_refused_before_anything_is_written(
+    tmp_path: Path, words: list[str], complaint: str
+) -> None:
+    root = tmp_path / "sweep"
+    with pytest.raises(ConfigError) as caught:
+        main(["-m", "--slurm", "--no-files", "--dir", str(root), *words])
+    assert complaint in str(caught.value)
+    assert not root.exists()
+
+
+def test_larger_nodes_and_other_cores_can_be_asked_for(tmp_path: Path) -> None:
+    def directives(name: str, *words: str) -> str:
+        main(["-m", "--slurm", "--no-files", "--dir", str(tmp_path / name), *words])
+        return (tmp_path / name / "sweep.sbatch").read_text()
+
+    large = ["--nodes", "4", "experiment=zhongjing/pretrain", "layout=64gpu"]
+    text = directives("large", *large, "--gpus-per-node", "16", "--cpus-per-rank", "7")
+    assert "#SBATCH --gpus-per-node=16\n#SBATCH --cpus-per-task=112\n" in text
+    cpu = ["experiment=debug/pretrain", "world_size=16", "algorithm.global_batch_size=16", "run.device=cpu"]
+    text = directives("cpu", *cpu)
+    assert "#SBATCH --cpus-per-task=16\n" in text
+    assert "gpus-per-node" not in text
 
 
 @pytest.mark.parametrize(("code", "state"), [(0, "done"), (3, "failed")])
@@ -247,6 +284,12 @@ def test_the_environment_is_that_of_the_launch_scripts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["local.sh", "multinode.sh", "slurm.sbatch", "env.sh"])
 def test_launch_scripts_parse(name: str) -> None:
     subprocess.run(["bash", "-n", str(ROOT / "launch" / name)], check=True)
+
+
+def test_the_plain_slurm_script_gives_a_nodes_ranks_more_than_one_core() -> None:
+    text = (ROOT / "launch/slurm.sbatch").read_text()
+    assert "#SBATCH --cpus-per-task=32\n" in text
+    assert 'srun --kill-on-bad-exit=1 --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-32}" ' in text
 
 
 @pytest.mark.parametrize(

@@ -272,6 +272,18 @@ def test_a_package_that_a_setting_needs_is_missed_before_the_run(
     assert errors(config(**changes), here=False) == []
 
 
+@pytest.mark.parametrize("kernels", ["triton", "te", "torch", "auto"])
+@pytest.mark.parametrize("device", ["cpu", "cuda", "auto"])
+def test_kernels_that_need_a_gpu_are_refused_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, kernels: str, device: str
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())  # whatever is installed here
+    found = errors(config(model={"kernels": kernels}, run={"device": device}))
+    wanted = f"model.kernels: {kernels} needs a CUDA device and run.device is cpu; set model.kernels=auto"
+    refused = device == "cpu" and kernels in ("triton", "te")
+    assert [message[: len(wanted)] for message in found] == ([wanted] if refused else [])
+
+
 def test_named_files_must_exist(tmp_path: Path) -> None:
     run = config(
         data={"files": [str(tmp_path / "corpus"), str(tmp_path / "gone")]},

@@ -315,6 +315,11 @@ def test_records_serve_other_kinds_where_they_can() -> None:
     assert convert_item(talked, dialogue, "corpus") == TextRecord("一\n二\n三\n四")
     with pytest.raises(BadRecord, match="gives chat records, and no preference record"):
         convert_item(talked, dialogue, "preference")
+    asked = Item(7, {"messages": [{"role": "user", "content": "问"}]})
+    with pytest.raises(BadRecord, match="ends with the user, so it has no answer") as caught:
+        convert_item(asked, FORMATS["messages"], "chat")
+    assert "x.jsonl, record at line 7: the dialogue ends" in str(caught.value.located("x.jsonl", 7))
+    assert "add the answer, or set data.on_bad_record=skip" in str(caught.value.located("x.jsonl", 7))
 
 
 def test_unknown_format_and_unknown_shape_list_the_formats(tmp_path: Path) -> None:
