@@ -14,7 +14,11 @@ logger = logging.getLogger(__name__)
 
 
 class HealthError(RuntimeError):
-    """An alarm that held long enough to stop the run.  Raised on every rank."""
+    """An alarm that held long enough to stop the run.  Raised on every rank; ``metrics`` are the iteration's."""
+
+    def __init__(self, message: str, metrics: Metrics) -> None:
+        super().__init__(message)
+        self.metrics = metrics
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,9 @@ class Health:
             side = "below" if check.below else "above"
             text = f"step {step}: {check.metric} = {metrics[check.metric]:.4g} is {side} {limit:.4g}: {check.advice}"
             if self.config.action == "stop" and self.held[check.name] >= self.config.patience:
-                raise HealthError(f"alarm {check.name!r} for {self.held[check.name]} iterations. {text}")
+                raise HealthError(
+                    f"alarm {check.name!r} for {self.held[check.name]} iterations. {text}", metrics | alarms
+                )
             if self.speaks and self.held[check.name] == 1:
                 logger.warning("alarm %s: %s", check.name, text)
         return alarms

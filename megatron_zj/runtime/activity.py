@@ -20,7 +20,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
@@ -28,6 +28,7 @@ from torch.distributed.distributed_c10d import Store
 
 BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 3.5  # once something has failed, a rank that sends nothing for this long counts as lost
+_MAX_PHASES = _MAX_RANGES = 8  # that a report of where all ranks stand names
 EXIT_GRACE_SECONDS = 15.0  # how long a rank may stay in a collective that a lost rank will never join
 
 
@@ -130,7 +131,8 @@ class Heartbeat:
     def explain(self) -> tuple[str, bool]:
         """Which ranks are lost and what they were doing, and whether this rank is the one to say so aloud.
 
-        Takes up to ``SILENCE_SECONDS``: silence must be told from slowness.
+        The one that does adds where every rank stands.  Takes up to ``SILENCE_SECONDS``: silence must be told from
+        slowness.
         """
         try:
             lost = {}
@@ -143,11 +145,12 @@ class Heartbeat:
                     if beat.state == "running" and beat.sent == before[rank].sent and rank != self._rank
                 }
             self._find(verdict_of=lost)
+            if self._verdict is None or self._verdict[1] == self._rank:
+                found = "every rank still answers" if self._verdict is None else self._verdict[0]
+                return f"{found}; {standing({rank: beat.phase for rank, beat in self._read_all().items()})}", True
         except RuntimeError:
             if self._verdict is None:
                 return f"the store, which rank 0 may host, does not answer; {_sentence(0, self._last_of_rank_0)}", True
-        if self._verdict is None:
-            return "every rank still answers; " + "; ".join(_sentence(*item) for item in before.items()), True
         return self._verdict[0], self._verdict[1] == self._rank
 
     def claim_report(self) -> bool:
@@ -251,6 +254,31 @@ def _own_signals() -> None:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _release_sigterm()
+
+
+def standing(phases: Mapping[int, str]) -> str:
+    """Where every rank stands, by phase: most ranks' first, then the ones of few; bounded, however many there are."""
+    groups: dict[str, list[int]] = {}
+    for rank, phase in sorted(phases.items()):
+        groups.setdefault(phase, []).append(rank)
+    rare = sorted(groups.items(), key=lambda item: (len(item[1]), item[1][0]))
+    common_first = [*rare[-1:], *rare[:-1]]
+    shown = [f"{_ranges(ranks)}: {phase!r}" for phase, ranks in common_first[:_MAX_PHASES]]
+    rest = sum(len(ranks) for _, ranks in common_first[_MAX_PHASES:])
+    return "; ".join([*shown, *([f"{rest} ranks in {len(groups) - _MAX_PHASES} other phases"] if rest else [])])
+
+
+def _ranges(ranks: list[int]) -> str:
+    """``ranks 0-3, 5`` of ascending ranks."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    words = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
+    more = [f"... ({len(ranks)} in all)"] if len(words) > _MAX_RANGES else []
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join([*words[:_MAX_RANGES], *more])}"
 
 
 def _sentence(rank: int, beat: Beat) -> str:

@@ -20,14 +20,14 @@ class Timers:
 
     def __init__(self, device: torch.device, activity: Activity | None = None) -> None:
         self._on_cuda = device.type == "cuda"
-        self._activity = activity or Activity()
+        self.activity = activity or Activity()
         self._seconds: dict[str, float] = {}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Time the block; a block that raises is not counted."""
-        with self._activity.doing(name):
+        with self.activity.doing(name):
             if self._on_cuda:
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
                 begin.record()

@@ -44,15 +44,17 @@ class Evaluates(Protocol):
 class Validate:
     """Every ``every`` steps (0: never) and after the last one, adds ``validation/...`` to the step's metrics.
 
+    ``saves_every``: also every so many steps (0: never), for checkpoints that are to hold what validation says of them.
     Runs before Save: weights whose validation loss is NaN or Inf end the run with NonFiniteError and are not saved.
     """
 
-    def __init__(self, algorithm: Evaluates, every: int, num_steps: int, timers: Timers) -> None:
-        self._algorithm, self._every, self._num_steps, self._timers = algorithm, every, num_steps, timers
+    def __init__(self, algorithm: Evaluates, every: int, num_steps: int, timers: Timers, saves_every: int = 0) -> None:
+        self._algorithm, self._num_steps, self._timers = algorithm, num_steps, timers
+        self._intervals = [interval for interval in (every, saves_every) if interval]
 
     def on_step(self, step: int, metrics: Metrics) -> None:
         """Validate when it is time."""
-        if step == self._num_steps or (self._every and step % self._every == 0):
+        if step == self._num_steps or any(step % interval == 0 for interval in self._intervals):
             with self._timers("validation"):
                 found = self._algorithm.evaluate()
             if not math.isfinite(found.get("loss", 0.0)):
@@ -88,11 +90,20 @@ class Measure:
                 metrics["mfu"] = metrics["tokens_per_second"] * flops / self._peak_flops
         metrics["memory/peak_mib"] = world_max(peak_memory_mib(self._device))
 
+    def on_stop(self, step: int, metrics: Metrics) -> None:
+        """As after any step, and every rank's peak."""
+        self.on_step(step, metrics)
+        self._log_peaks()
+
     def on_end(self, completed: bool) -> None:
-        """Every rank's peak, to the log.  Collective over the world."""
+        """Every rank's peak, to the log; after an error not, because ranks may be gone."""
         if completed:
-            peaks = gather_in_order([round(peak_memory_mib(self._device))])
-            logger.info("peak memory by rank, MiB: %s", " ".join(str(peak) for peak in peaks))
+            self._log_peaks()
+
+    def _log_peaks(self) -> None:
+        """Collective over the world."""
+        peaks = gather_in_order([round(peak_memory_mib(self._device))])
+        logger.info("peak memory by rank, MiB: %s", " ".join(str(peak) for peak in peaks))
 
 
 class Report:
@@ -110,6 +121,10 @@ class Report:
             if metrics.get("skipped"):
                 shown["skipped"] = metrics["skipped"]  # an fp16 overflow
             logger.info(step_line(step, self._num_steps, shown))
+
+    def on_stop(self, step: int, metrics: Metrics) -> None:
+        """The row that tells why the run ended."""
+        self.on_step(step, metrics)
 
     def on_end(self, completed: bool) -> None:
         """Close the files."""

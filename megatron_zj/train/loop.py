@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
+from megatron_zj.algorithms.health import HealthError
 from megatron_zj.engine.objective import Metrics
 from megatron_zj.engine.totals import NonFiniteError
 from megatron_zj.runtime.profiler import StepProfiler
@@ -40,6 +41,14 @@ class Callback(Protocol):
         """After the last step, or (``completed`` False) when an error ends the run."""
 
 
+@runtime_checkable
+class StopCallback(Protocol):
+    """A callback that also looks at a step which was made, and then ended the run on every rank alike."""
+
+    def on_stop(self, step: int, metrics: Metrics) -> None:
+        """Instead of ``on_step``; no checkpoint follows.  May be collective."""
+
+
 def run(
     algorithm: Algorithm,
     num_steps: int,
@@ -59,21 +68,37 @@ def run(
             start = time.perf_counter()
             step = algorithm.num_steps_done + 1
             with timers(f"step {step}"), profiler.step(step) if profiler else contextlib.nullcontext():
-                metrics = _step(algorithm, describe)
+                metrics, stop = _step(algorithm, describe)
             phases = {name: value for name, value in timers.pop().items() if not name.startswith("time/step ")}
             metrics = metrics | phases | {"time/step": time.perf_counter() - start}
             for callback in callbacks:
-                callback.on_step(algorithm.num_steps_done, metrics)
+                with _after(timers, f"after step {step}", callback):
+                    if stop is None:
+                        callback.on_step(algorithm.num_steps_done, metrics)
+                    elif isinstance(callback, StopCallback):
+                        callback.on_stop(algorithm.num_steps_done, metrics)
+            if stop is not None:
+                raise stop
         completed = True
     finally:
         for callback in callbacks:
-            callback.on_end(completed)
+            with _after(timers, "end of the run", callback):
+                callback.on_end(completed)
 
 
-def _step(algorithm: Algorithm, describe: Callable[[int], str] | None) -> Metrics:
-    """One step; a NaN or Inf loss says at which step, on which records."""
+@contextlib.contextmanager
+def _after(timers: Timers, when: str, callback: Callback) -> Iterator[None]:
+    """What a callback does, a collective or a slow disk, is a phase that other ranks can name."""
+    with timers.activity.doing(when), timers.activity.doing(type(callback).__name__):
+        yield
+
+
+def _step(algorithm: Algorithm, describe: Callable[[int], str] | None) -> tuple[Metrics, HealthError | None]:
+    """One step, and what ends the run after it; a NaN or Inf loss says at which step, on which records."""
     try:
-        return algorithm.step()
+        return algorithm.step(), None
+    except HealthError as stop:
+        return stop.metrics, stop
     except NonFiniteError as error:
         lines = [f"step {algorithm.num_steps_done + 1}: {error}"]
         if describe is not None and error.draws:

@@ -114,6 +114,8 @@ def test_the_others_end_and_name_the_lost_rank_and_its_phase(
     assert f"rank {bad} (" in said
     assert words in said
     assert f"this rank ({others[0]}) was in phase 'gather'" in said
+    if bad != 0:
+        assert f"ranks 0, {3 - bad}: 'gather'; rank {bad}: 'step 3 > critic.update'" in said
     if bad != 0:  # with the store gone no one can tell who else lives: then each rank speaks
         assert (tmp_path / f"lost-{others[1]}").read_text() == f"rank {others[1]} leaves: another rank was lost"
 
@@ -155,8 +157,19 @@ def test_a_rank_told_to_stop_inside_a_collective_stops_at_once_and_says_where_al
     assert codes[0] == 128 + signal.SIGTERM
     said = (tmp_path / "stderr-0").read_text()
     assert "rank 0: told to stop (SIGTERM) while in 'barrier'" in said
-    assert "rank 1" in said
-    assert "'slow work'" in said
+    assert "rank 0: 'barrier'" in said
+    assert "rank 1: 'slow work'" in said
+
+
+def test_where_all_ranks_stand_is_grouped_by_phase_and_bounded() -> None:
+    busy = dict.fromkeys(range(1000), "step 12 > actor.update") | {4: "step 12 > save", 700: "step 11 > Report"}
+    assert activity.standing(busy) == (
+        "ranks 0-3, 5-699, 701-999: 'step 12 > actor.update'; rank 4: 'step 12 > save'; rank 700: 'step 11 > Report'"
+    )
+    scattered = activity.standing({rank: f"step {rank % 20 + 1}" for rank in range(1000)})
+    assert scattered.endswith("; 600 ranks in 12 other phases")
+    assert "19, 39, 59, 79, 99, 119, 139, 159, ... (50 in all): 'step 20'" in scattered
+    assert len(scattered) < 1000
 
 
 def _fork_a_child_and_stop_it(process: Process) -> None:

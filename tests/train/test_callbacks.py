@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_zj.algorithms.health import HealthError
 from megatron_zj.config.checkpoint import CheckpointConfig
 from megatron_zj.engine.objective import Metrics
 from megatron_zj.engine.totals import NonFiniteError
@@ -57,6 +58,16 @@ class Broken(Counting):
         if self.num_steps_done == 1:
             raise NonFiniteError("the loss is nan", [3, *range(40, 60)])
         return super().step()
+
+
+class Unhealthy(Counting):
+    """Its second iteration is measured and then ends the run, on every rank alike."""
+
+    def step(self) -> Metrics:
+        metrics = super().step()
+        if self.num_steps_done == 2:
+            raise HealthError("alarm 'kl_high'", {**metrics, "kl": 9.0})
+        return metrics
 
 
 class Notes:
@@ -115,6 +126,30 @@ def test_a_broken_loss_names_the_step_and_the_records_and_ends_every_callback() 
     assert notes.ended == [False]
     with pytest.raises(NonFiniteError, match=r"^step 2: the loss is nan$"):
         run(Broken(), 5, [], timers())
+
+
+def _stopped(folder: Path) -> tuple[list[int], list[str], list[bool]]:
+    said: list[str] = []
+    callbacks.logger.info = lambda text, *values: said.append(text % values)  # type: ignore[method-assign]
+    callbacks.peak_memory_mib = lambda device: 100.0 + 50 * dist.get_rank()
+    algorithm = Unhealthy()
+    save, notes = saves(1, 5, algorithm)
+    report = Report(MetricsLog(folder, rank=dist.get_rank()), progress_bar(Process(1, 1, 2, CPU), 5), 5, 1)
+    with pytest.raises(HealthError, match="kl_high"):
+        run(
+            algorithm, 5, [Validate(algorithm, 0, 5, timers()), Measure(CPU, None, None), report, save, notes], timers()
+        )
+    return [step for step, _ in notes.saved], said, notes.ended
+
+
+def test_a_run_that_its_health_stops_leaves_the_row_that_tells_why_and_every_ranks_memory(tmp_path: Path) -> None:
+    for saved, said, ended in run_ranks(2, _stopped, tmp_path):
+        assert (saved, ended) == ([1], [False])  # a checkpoint of unhealthy weights would be the newest
+        assert any(line == "peak memory by rank, MiB: 100 150" for line in said)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line.get("kl")) for line in lines] == [(1, None), (2, 9.0)]
+    assert lines[1]["time/step"] > 0
+    assert lines[1]["memory/peak_mib"] == 150.0
 
 
 @pytest.mark.parametrize(("every", "expected"), [(2, [2, 4, 5]), (0, [5]), (1, [1, 2, 3, 4, 5])])
