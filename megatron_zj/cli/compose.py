@@ -26,6 +26,7 @@ from megatron_zj.runtime.files import write_whole
 PRIMARY = "train"  # conf/train.yaml
 POLYMORPHIC = ("algorithm", "data")  # groups whose options are of different kinds
 INHERITED = ("engine", "optim")  # what a role sets of these is laid over the run's own
+_MAX_OPTIONS = 8  # of a group, in a message
 
 _QUOTED = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")  # splits into bare, quoted, bare, ...
 _WORD = re.compile(r"[^\s\[\]{}(),'\"]+")
@@ -185,8 +186,11 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     for text in overrides:
         key, _, value = text.partition("=")
         group = key.lstrip("+~")
-        if (conf_folder() / group).is_dir() and not text.startswith("~") and value not in ("null", ""):
+        if (conf_folder() / group).is_dir() and not text.startswith("~") and value != "null":
             options = options_of(group)
+            if not value:
+                shown = ", ".join(options[:_MAX_OPTIONS]) + (", ..." if len(options) > _MAX_OPTIONS else "")
+                return f"{group}: empty; leave it out, or name one of {shown}"
             if value not in options and not value.startswith("{"):
                 return f"{group}: no option {value!r}{suggestion(value, options)}"
     return _first_line(error)

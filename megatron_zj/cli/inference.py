@@ -21,7 +21,7 @@ from megatron_zj.checkpoint.manifest import (
     read_manifest,
     read_tokenizer,
 )
-from megatron_zj.cli.prepare import settings
+from megatron_zj.cli.prepare import require_folder, settings
 from megatron_zj.config.data import TokenizerConfig
 from megatron_zj.config.derived import ALL
 from megatron_zj.config.inference import InferenceConfig, SourceConfig
@@ -51,7 +51,9 @@ Config = TypeVar("Config", bound=InferenceConfig)
 
 def compose_inference(overrides: Sequence[str], schema: type[Config]) -> Config:
     """``key=value`` overrides, checked against the command's configuration."""
-    return load_config(schema, settings(overrides, {}))
+    config = load_config(schema, settings(overrides, {}))
+    require_folder("run.dir", config.run.dir)
+    return config
 
 
 def wants_help(argv: Sequence[str]) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_zj.cli.compose import parse_overrides
 from megatron_zj.cli.main import guarded
+from megatron_zj.config.checks import no_folder
 from megatron_zj.config.loader import ConfigError, load
 from megatron_zj.data.formats.registry import FORMATS
 from megatron_zj.data.prepare import PrepareConfig, prepare
@@ -40,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
     if argv[0] == "verify":
         return _verify(argv[1:])
     config = load(PrepareConfig, settings(argv, {"data": {"kind": "corpus"}}))
+    require_folder("out", config.out)
     manifest = prepare(config, progress=True)
     sys.stdout.write(_summary(config, manifest))
     return 0
@@ -58,6 +61,12 @@ def settings(overrides: Sequence[str], defaults: dict[str, Any]) -> dict[str, An
             node = node[folder]
         node[name] = override.value()
     return tree
+
+
+def require_folder(key: str, path: Path) -> None:
+    """ConfigError unless ``path`` is a folder, or can become one."""
+    if (problem := no_folder(path)) is not None:
+        raise ConfigError([f"{key}: {problem}"])
 
 
 def _verify(folders: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_zj.cli.main import guarded
-from megatron_zj.cli.prepare import settings
+from megatron_zj.cli.prepare import require_folder, settings
 from megatron_zj.config.data import OnBadRecord
 from megatron_zj.config.loader import ConfigError, load
 from megatron_zj.config.ranges import check_ranges
@@ -81,6 +81,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _train(argv: Sequence[str]) -> str:
     config = load(TrainConfig, settings(argv, {}))
+    require_folder("out", config.out)
     tokenizer = train_sentencepiece(
         texts_of_files(config.data.files, config.data.on_bad_record),
         config.vocab_size,
@@ -94,6 +95,7 @@ def _train(argv: Sequence[str]) -> str:
 
 def _extend(argv: Sequence[str]) -> str:
     config = load(ExtendConfig, settings(argv, {}))
+    require_folder("out", config.out)
     base, pieces = load_tokenizer(config.base), load_tokenizer(config.pieces)
     if not isinstance(base, SentencePieceTokenizer) or not isinstance(pieces, SentencePieceTokenizer):
         raise ConfigError(["base and pieces must be SentencePiece tokenizers (a .model file, or a folder with one)"])

@@ -316,8 +316,18 @@ def _packages(config: RunConfig) -> Iterator[Finding]:
             yield Finding(key=key, message=message)
 
 
+def no_folder(path: Path) -> str | None:
+    """Why ``path`` cannot be a folder that is written to; None: it is one, or can become one."""
+    there = next((place for place in (path, *path.parents) if place.exists()), None)
+    if there is None or there.is_dir():
+        return None
+    return f"{path} cannot be a folder: {there} is a file; name another, or move that file away"
+
+
 def _files(config: RunConfig) -> Iterator[Finding]:
-    """Named files exist."""
+    """Named files exist, and a folder can be where the run writes."""
+    if (problem := no_folder(config.run.dir)) is not None:
+        yield Finding(key="run.dir", message=problem)
     corpus = isinstance(config.data, CorpusConfig)
     for key in ("files", "validation_files"):
         for index, name in enumerate(getattr(config.data, key, ())):

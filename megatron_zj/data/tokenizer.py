@@ -256,7 +256,10 @@ def _read_model(path: Path) -> bytes:
     try:
         sentencepiece.SentencePieceProcessor(model_proto=content)
     except RuntimeError as error:
-        raise DataError(f"{path} is not a SentencePiece model: {error}") from error
+        raise DataError(
+            f"{path} is not a SentencePiece model, or a damaged one\n"
+            "  -> fetch or copy it again; tokenizer.path takes a .model file, or a folder with one or a tokenizer.json"
+        ) from error
     return content
 
 

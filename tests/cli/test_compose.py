@@ -110,6 +110,7 @@ def test_a_role_inherits_what_it_does_not_set_from_the_run() -> None:
         ("optim.lrr=1", "optim.lrr: unknown key; did you mean 'lr'?"),
         ("modle=tiny", "modle: unknown key; did you mean 'model'?"),
         ("model=tinny", "model: no option 'tinny'; did you mean 'tiny'?"),
+        ("experiment=", "experiment: empty; leave it out, or name one of chimed_gpt/"),
         ("experiment=demo/pop", "experiment: no option 'demo/pop'; did you mean 'demo/ppo'?"),
         ("run.num_steps=ten", "run.num_steps: expected an integer, got the string 'ten'"),
         ("run.num_steps=1e3", "run.num_steps: expected an integer, got 1000.0; write 1000"),

@@ -121,6 +121,12 @@ def test_lines_are_read_without_their_ends(tmp_path: Path) -> None:
         ("a.json", b'[{"text": "x"}\n{"text": "y"}]', r"a.json, line 2: expected ',' or ']'"),
         ("a.json", b'[{"text": "x"},\n', r"a.json, line 2"),
         ("a.json", b'{\n"text": ', "a.json, line 2"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n' * 99999 + '{"text": "头"}\n'.encode() * 99999 + '{"text": "咳"}\n'.encode("gb18030"),
+            r"a.jsonl is neither UTF-8 .*utf-8-sig: invalid .* in line 199999; gb18030: .* in line 100000\)",
+        ),
+        ("a.json", "头痛".encode()[:-1], r"utf-8-sig: unexpected end of data in line 1; gb18030: "),
         ("a.jsonl.gz", b"not gzip", "a.jsonl.gz is no complete gzip"),
         ("b.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:40], "b.jsonl.gz is no complete gzip"),
         ("a.csv", b'a,b\n"1,2\n', r"a.csv, line 2"),
