@@ -102,22 +102,26 @@ def detect_encoding(path: Path) -> str:
         if problem is None:
             return encoding
         failures.append(f"{encoding}: {problem}")
-    raise DataError(f"{path} is neither UTF-8 nor GB18030 text ({'; '.join(failures)})\n  -> convert it to UTF-8")
+    raise DataError(
+        f"{path} is neither UTF-8 nor GB18030 text ({'; '.join(failures)})\n"
+        "  -> convert it to UTF-8; of a file put together from several, convert each part before"
+    )
 
 
 def _undecodable(path: Path, encoding: str) -> str | None:
     """Why the file is not text in this encoding; None when it is."""
     decoder = codecs.getincrementaldecoder(encoding)()
-    offset = 0
+    offset, lines = 0, 0
     try:
         with _open_bytes(path) as file:
             while chunk := file.read(_CHUNK):
                 if "\0" in decoder.decode(chunk):
                     return f"a zero byte near offset {offset}, as in UTF-16 or a binary file"
                 offset += len(chunk)
+                lines += chunk.count(b"\n")
             decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        return f"{error.reason} near byte {offset + error.start}"
+        return f"{error.reason} in line {1 + lines + error.object[: error.start].count(10)}"
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path} is no complete gzip file: {error}\n  -> fetch or compress it again") from error
     return None
