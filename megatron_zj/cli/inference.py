@@ -24,7 +24,7 @@ from megatron_zj.checkpoint.manifest import (
 from megatron_zj.cli.prepare import require_folder, settings
 from megatron_zj.config.data import TokenizerConfig
 from megatron_zj.config.derived import ALL
-from megatron_zj.config.inference import InferenceConfig, SourceConfig
+from megatron_zj.config.inference import GenerationConfig, InferenceConfig, SourceConfig
 from megatron_zj.config.loader import ConfigError, to_dict
 from megatron_zj.config.loader import load as load_config
 from megatron_zj.config.model import HeadKind
@@ -52,7 +52,8 @@ Config = TypeVar("Config", bound=InferenceConfig)
 def compose_inference(overrides: Sequence[str], schema: type[Config]) -> Config:
     """``key=value`` overrides, checked against the command's configuration."""
     config = load_config(schema, settings(overrides, {}))
-    require_folder("run.dir", config.run.dir)
+    if isinstance(config, GenerationConfig):  # a chat writes nothing
+        require_folder("run.dir", config.run.dir)
     return config
 
 
