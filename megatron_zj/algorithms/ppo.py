@@ -89,8 +89,9 @@ class PPO(Resumable):
             samples, metrics = self.collect()
         with self.timers("learn"):
             metrics |= self.learn(samples)
+        if self.num_steps_done >= self.config.critic_warmup_steps:  # before, the coefficient has nothing to act on
+            self.kl.update(metrics["kl"], samples.num_rows)
         self.num_steps_done += 1
-        self.kl.update(metrics["kl"], samples.num_rows)
         return metrics | self.health(self.num_steps_done, metrics)
 
     def collect(self) -> tuple[WorldBatch, Metrics]:

@@ -46,6 +46,7 @@ class Supervised(Resumable):
         self.proves_head = proves_head
         super().__init__(stream=stream)
         self.validation_metrics: Metrics = {}
+        self.validation_step: int | None = None  # whose weights they are of
 
     @property
     def roles(self) -> dict[str, Role]:
@@ -79,17 +80,20 @@ class Supervised(Resumable):
         self.validation.load_state_dict(start)
         total = max(sums.pop("weight"), 1.0)
         self.validation_metrics = self.objective.summarise({name: value / total for name, value in sums.items()})
+        self.validation_step = self.num_steps_done
         return self.validation_metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """What the last validation said (PPO reads the scores' scale there), and the head's checksum, too."""
+        """What the last validation said (PPO reads the scores' scale there), of which step; and the head's checksum."""
         head = {"head": head_checksum(self.role)} if self.proves_head else {}
-        return super().state_dict() | {"validation": self.validation_metrics, **head}
+        validation = {"validation": self.validation_metrics, "validation_step": self.validation_step}
+        return super().state_dict() | validation | head
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undo ``state_dict``."""
         super().load_state_dict(state)
         self.validation_metrics = state["validation"]
+        self.validation_step = state.get("validation_step")  # an old checkpoint does not say
 
 
 def row_sizes(lengths: Sequence[int]) -> Metrics:

@@ -22,6 +22,7 @@ from megatron_zj.checkpoint.save import Checkpointer
 from megatron_zj.checkpoint.shared import require_shared
 from megatron_zj.cli.sources import require_position, require_resumable, starting_checkpoints
 from megatron_zj.config import derived
+from megatron_zj.config.algorithm import OnPolicyConfig, RewardConfig
 from megatron_zj.config.loader import ConfigError, to_dict
 from megatron_zj.config.run import RunConfig
 from megatron_zj.config.sampling import SamplingConfig
@@ -37,6 +38,7 @@ from megatron_zj.roles.placement import build_placements
 from megatron_zj.roles.role import Role
 from megatron_zj.roles.world import World
 from megatron_zj.rollout.generate import Rollout
+from megatron_zj.rollout.stop_tokens import stop_ids
 from megatron_zj.runtime.distributed import Process
 from megatron_zj.runtime.log import progress_bar
 from megatron_zj.runtime.metrics import MetricsLog
@@ -107,7 +109,7 @@ def find_own_checkpoint(config: RunConfig, root: Path) -> Path | None:
 
 
 def checked_tokenizer(config: RunConfig) -> Tokenizer:
-    """The run's tokenizer, which must fit the model's vocabulary."""
+    """The run's tokenizer, which must fit the model's vocabulary and have the stop tokens."""
     tokenizer = build_tokenizer(config.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
@@ -116,6 +118,8 @@ def checked_tokenizer(config: RunConfig) -> Tokenizer:
                 f"set model.vocab_size={tokenizer.vocab_size} or more"
             ]
         )
+    if sampling := derived.sampling_of(config):
+        stop_ids(sampling, tokenizer, "algorithm.sampling")  # a wrong name is told before a model is built
     return tokenizer
 
 
@@ -186,17 +190,35 @@ def load_starting_weights(
         if name == "reward":
             state = load(folder, {})
             logger.info(require_head(built[name], state.get("head"), str(folder)))
-            scale = _score_scale(state)
+            scale = score_scale(config, state, folder)
     return scale
 
 
-def _score_scale(reward_run: Mapping[str, Any]) -> ScoreScale:
-    """From what the reward model's last validation stored."""
-    found = reward_run.get("validation") or {}
+def score_scale(config: RunConfig, reward_run: Mapping[str, Any], folder: Path) -> ScoreScale:
+    """Of the scores of the reward model in ``folder``, by the validation that its run stored.
+
+    Raises ConfigError where the run would use one that is of other weights.
+    """
+    algorithm, step = config.algorithm, reward_run.get("validation_step")
+    found, own_step = reward_run.get("validation") or {}, reward_run.get("num_steps_done")
+    used = isinstance(algorithm, OnPolicyConfig) and algorithm.whiten_scores and not algorithm.running_scores
+    used = used and derived.sampling_of(config) is not None
+    advice = (
+        "give the reward run validation data (data.validation_fraction or data.validation_files), or set "
+        "algorithm.whiten_scores=false or algorithm.running_scores=true here"
+    )
     if "score_mean" not in found:
-        logger.warning("the reward model's checkpoint has no score statistics; scores are used as they are")
+        if used:
+            logger.warning("%s has no score statistics, so scores are used as they are; %s", folder, advice)
         return ScoreScale()
-    return ScoreScale(found["score_mean"], found["score_deviation"])
+    if step is None and used:
+        logger.warning("%s does not say of which step its score statistics are; they are taken for its own", folder)
+    if step in (None, own_step):
+        return ScoreScale(found["score_mean"], found["score_deviation"])
+    if used:
+        stale = f"the score statistics in {folder} are of step {step}, its weights of step {own_step}"
+        raise ConfigError([f"algorithm.reward.load: {stale}; {advice}"])
+    return ScoreScale()
 
 
 def build_parts(
@@ -214,7 +236,7 @@ def build_parts(
         return tokenizer.decode([token_id for token_id in ids if token_id < tokenizer.vocab_size])
 
     def rollout(sampling: SamplingConfig) -> Rollout:
-        return Rollout(sampling, frozenset({tokenizer.eos_id}), config.run.seed, decode)
+        return Rollout(sampling, stop_ids(sampling, tokenizer, "algorithm.sampling"), config.run.seed, decode)
 
     return Parts(
         roles=roles,
@@ -241,7 +263,9 @@ def build_callbacks(
     settings = config.run
     callbacks: list[Callback] = []
     if isinstance(algorithm, Evaluates):
-        callbacks.append(Validate(algorithm, settings.eval_every, settings.num_steps, timers))
+        # a reward model's checkpoint holds the statistics of its own scores
+        saves_every = config.checkpoint.every if isinstance(config.algorithm, RewardConfig) else 0
+        callbacks.append(Validate(algorithm, settings.eval_every, settings.num_steps, timers, saves_every))
     log = MetricsLog(settings.dir, settings.tensorboard, settings.wandb_project, process.rank)
     bar = progress_bar(process, settings.num_steps, algorithm.num_steps_done, config.algorithm.kind)
     callbacks.append(Measure(process.device, *_arithmetic(config, process)))

@@ -40,6 +40,7 @@ from megatron_zj.roles.placement import build_placements
 from megatron_zj.roles.role import Role
 from megatron_zj.roles.world import World, WorldBatch, gather_in_order
 from megatron_zj.rollout.generate import Rollout
+from megatron_zj.rollout.stop_tokens import stop_ids
 from megatron_zj.runtime.distributed import Process
 
 CHUNK_ROWS = 256  # rows a role call, so that progress can be shown
@@ -88,6 +89,7 @@ class LoadedModel:
         name, info = _pick_role(manifest.roles, config.checkpoint.role, folder)
         self.folder, self.step, self.name, self.info = folder, manifest.step, name, info
         self.tokenizer: Tokenizer = _tokenizer(config.tokenizer, folder, manifest, info)
+        stop_ids(config.sampling, self.tokenizer)  # a wrong name is told before a model is built
         self.template: ChatTemplate = chat_template(config.data.template or _trained_template(manifest.config))
         self.world, self.process, self.seed = World.current(), process, config.run.seed
         placement = build_placements(config.parallel, {}, {ALL}, process.world_size, config.run.timeout_seconds)[ALL]
@@ -121,7 +123,7 @@ class LoadedModel:
         """
         self._require("lm", "answers")
         self._require_room(prompts, sampling.max_new_tokens, places)
-        rollout = Rollout(sampling, frozenset({self.tokenizer.eos_id}), self.seed, self.text)
+        rollout = Rollout(sampling, stop_ids(sampling, self.tokenizer), self.seed, self.text)
         answers: list[tuple[list[int], bool]] = []
         for start, chunk in _chunks(prompts):
             local, first = self._share(chunk)

@@ -42,6 +42,7 @@ MODEL = ModelConfig(
 PEAKED = dataclasses.replace(MODEL, vocab_size=900, num_layers=1, hidden_size=128, init_std=0.3)
 PROMPTS = [[5, 9, 2], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [30, 31], [60, 61, 62, 63, 64]]
 STOP, SEED = 3, 11
+STOPS = frozenset({STOP})
 SAMPLED = SamplingConfig(max_new_tokens=14, temperature=0.8, top_p=0.9, top_k=40, max_batch_rows=3)
 GREEDY = SamplingConfig(max_new_tokens=10, temperature=0.0, min_new_tokens=4, max_batch_rows=2)
 PENALISED = SamplingConfig(max_new_tokens=8, temperature=1.0, repetition_penalty=1.5)
@@ -65,13 +66,15 @@ def _role(model: ModelConfig, parallel: ParallelConfig) -> Role:
     return Role("actor", placement, engine, Exchange())
 
 
-def _generate(model: ModelConfig, parallel: ParallelConfig, configs: Sequence[SamplingConfig]) -> list[list[Answer]]:
+def _generate(
+    model: ModelConfig, parallel: ParallelConfig, configs: Sequence[SamplingConfig], stops: frozenset[int] = STOPS
+) -> list[list[Answer]]:
     role, world = _role(model, parallel), World.current()
     ids = list(range(len(PROMPTS)))[world.rank :: world.size]  # not in rank order
     local = Batch(Rows.of([PROMPTS[i] for i in ids], torch.int64), {}, {"sample_id": torch.tensor(ids)})
     answers = []
     for config in configs:
-        rollout = Rollout(config, frozenset({STOP}), SEED, _decode)
+        rollout = Rollout(config, stops, SEED, _decode)
         samples = role.generate(rollout.at_step(2), WorldBatch.gather(local)).local
         starts = samples.per_row["prompt_length"].tolist()
         mine = []
@@ -92,12 +95,12 @@ def _weights(model: ModelConfig) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in read_stage(engine.chunks, engine.groups).items()}
 
 
-def _reference(llama: ReferenceLlama, config: SamplingConfig) -> list[Answer]:
+def _reference(llama: ReferenceLlama, config: SamplingConfig, stops: frozenset[int] = STOPS) -> list[Answer]:
     answers = []
     for sample_id, prompt in enumerate(PROMPTS):
         noise = sample_noise(SEED, 2, sample_id, config.max_new_tokens)
         tokens, found, logprobs = list(prompt), [], []
-        while len(found) < config.max_new_tokens and not _ended(found, config):
+        while len(found) < config.max_new_tokens and not _ended(found, config, stops):
             logits = llama.logits(torch.tensor(tokens))[-1:, : MODEL.vocab_size].float()
             if config.repetition_penalty != 1.0:
                 seen = torch.zeros_like(logits, dtype=torch.bool)
@@ -105,18 +108,18 @@ def _reference(llama: ReferenceLlama, config: SamplingConfig) -> list[Answer]:
                 scaled = torch.where(logits > 0, logits / config.repetition_penalty, logits * config.repetition_penalty)
                 logits = torch.where(seen, scaled, logits)
             if len(found) < config.min_new_tokens:
-                logits[0, STOP] = float("-inf")
+                logits[0, list(stops)] = float("-inf")
             token, logprob = draw(logits, noise[len(found) : len(found) + 1], config)
             found.append(int(token))
             tokens.append(int(token))
             logprobs.append(float(logprob))
-        answers.append((found, logprobs, int(not _ended(found, config))))
+        answers.append((found, logprobs, int(not _ended(found, config, stops))))
     return answers
 
 
-def _ended(found: list[int], config: SamplingConfig) -> bool:
+def _ended(found: list[int], config: SamplingConfig, stops: frozenset[int]) -> bool:
     text = any(string in _decode(found[-1:]) for string in config.stop_strings)
-    return found[-1:] == [STOP] or (text and len(found) >= config.min_new_tokens)
+    return (found and found[-1] in stops) or (text and len(found) >= config.min_new_tokens)
 
 
 def _check(found: list[Answer], expected: list[Answer]) -> None:
@@ -154,6 +157,22 @@ def test_tokens_equal_the_uncached_reference(layout: str, expected: list[list[An
     for answers in run_ranks(world, _generate, MODEL, parallel, CONFIGS):
         for found, wanted in zip(answers, expected, strict=True):
             _check(found, wanted)
+
+
+@pytest.mark.parametrize("layout", ["one rank", "tp2 sp"])
+def test_stop_tokens_end_an_answer_as_eos_does_and_wait_for_the_minimum(layout: str) -> None:
+    stops, world, parallel = frozenset({STOP, *range(40, 60)}), *LAYOUTS[layout]
+    configs = [SAMPLED, GREEDY, dataclasses.replace(SAMPLED, min_new_tokens=4)]
+    weights = run_ranks(1, _weights, MODEL)[0]
+    llama = ReferenceLlama(MODEL, "lm", state=weights, dtype=torch.float32)
+    with torch.no_grad():
+        wanted = [_reference(llama, config, stops) for config in configs]
+    for answers in run_ranks(world, _generate, MODEL, parallel, configs, stops):
+        for found, expected in zip(answers, wanted, strict=True):
+            _check(found, expected)
+    for config, answers in zip(configs, wanted, strict=True):
+        assert any(tokens[-1] in stops - {STOP} and not cut for tokens, _logprobs, cut in answers)
+        assert all(len(tokens) > config.min_new_tokens for tokens, _logprobs, cut in answers if not cut)
 
 
 LONG_LAYOUTS = {
