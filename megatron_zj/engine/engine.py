@@ -76,7 +76,7 @@ class Engine:
 
         Per-token wants: token-aligned Rows, whole over tp and cp.  Scores: [R].  Values on the engine's device.
         """
-        micro = split(batch.to(self.device), self.groups, self.config.micro_batch_tokens)
+        micro = self._split(batch)
 
         def forward_step(packs: Iterator[PackedBatch], stage: Module) -> tuple[Any, Any]:
             outputs = stage(next(packs), wants, temperature)
@@ -99,10 +99,13 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, objective: Objective, batch: Batch) -> Metrics:
         """The objective without a step: "loss", its metrics (both by the global weight) and "weight"."""
-        micro = split(batch.to(self.device), self.groups, self.config.micro_batch_tokens)
+        micro = self._split(batch)
         with self._reading():
             sums = self._run(self._loss_step(objective), micro, forward_only=True)
         return total(sums, self.groups, self.device).averages()
+
+    def _split(self, batch: Batch) -> MicroBatches:
+        return split(batch.to(self.device), self.groups, self.config.micro_batch_tokens, fp8=self.model.fp8 != "none")
 
     # Training ---------------------------------------------------------------------------------------------------
 
@@ -117,7 +120,7 @@ class Engine:
         if self.optimizer is None:
             raise ValueError("this engine is frozen: it was built without an optimizer")
         self.reload()
-        micro = split(batch.to(self.device), self.groups, self.config.micro_batch_tokens)
+        micro = self._split(batch)
         self._seed_dropout()
         for chunk in self._wrapped:
             chunk.zero_grad_buffer()

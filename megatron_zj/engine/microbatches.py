@@ -14,6 +14,8 @@ from megatron_zj.data.batch import Batch, Rows
 from megatron_zj.data.packing import PackedBatch, pack, padded_length, plan_packs, unpack
 from megatron_zj.parallel.groups import ParallelGroups
 
+_FP8_SLOTS = 16
+
 
 @dataclass(frozen=True)
 class MicroBatches:
@@ -27,21 +29,24 @@ class MicroBatches:
         return f"micro-batch {index}, rows {list(self.packs[index].row_ids)}"
 
 
-def slot_multiple(groups: ParallelGroups) -> int:
-    """Slots of a whole pack are a multiple of this: 2 x cp for the zigzag cut, cp x tp for sequence parallelism."""
+def slot_multiple(groups: ParallelGroups, fp8: bool = False) -> int:
+    """Slots of a whole pack are a multiple of this: 2 x cp for the zigzag cut, cp x tp for sequence parallelism.
+
+    ``fp8``: and every rank's share is one of 16, as Transformer Engine's FP8 products demand of all their sizes.
+    """
     zigzag = 2 * groups.cp_size if groups.cp_size > 1 else 1
-    shards = groups.cp_size * groups.tp_size if groups.parallel.sequence_parallel else 1
-    return math.lcm(zigzag, shards)
+    shards = groups.cp_size * (groups.tp_size if groups.parallel.sequence_parallel else 1)
+    return math.lcm(zigzag, shards * (_FP8_SLOTS if fp8 else 1))
 
 
-def split(batch: Batch, groups: ParallelGroups, budget: int) -> MicroBatches:
+def split(batch: Batch, groups: ParallelGroups, budget: int, *, fp8: bool = False) -> MicroBatches:
     """Pack the rows of ``batch``, at most ``budget`` slots a pack (more where one unit alone is longer).
 
     A pipeline moves activations of one shape, so there every pack is as long as the longest.  An interleaved
     pipeline runs micro-batches in groups of ``pp``, and a shard without rows takes part in every collective: both get
     packs that are all dummy.  Without a pipeline a pack has a dummy sequence only where ``slot_multiple`` needs one.
     """
-    cp, multiple = groups.cp_size, slot_multiple(groups)
+    cp, multiple = groups.cp_size, slot_multiple(groups, fp8)
     lengths = batch.tokens.lengths.tolist()
     slots = [padded_length([length], cp) for length in lengths]
     plan = [rows for rows in plan_packs(slots, batch.units(), budget) if rows]

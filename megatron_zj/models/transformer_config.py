@@ -100,6 +100,9 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, engine: Eng
         cross_entropy_loss_fusion=False,
         transformer_impl="transformer_engine" if te else "local",
         fp8=None if model.fp8 == "none" else model.fp8,
+        # Scales of each tensor as it is.  The default, delayed scaling, agrees on a history of scales over all ranks
+        # after each micro-batch, and ours are not equally many on all ranks: it would hang.
+        fp8_recipe="tensorwise",
         recompute_granularity=None if engine.recompute == "none" else engine.recompute,
         recompute_method="uniform" if engine.recompute == "full" else None,
         recompute_num_layers=engine.recompute_num_layers if engine.recompute == "full" else None,

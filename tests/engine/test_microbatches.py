@@ -61,6 +61,15 @@ def test_every_row_is_packed_once_and_shapes_fit_the_layout(axes: Any, lengths: 
         assert len(micro.packs) % groups.pp_size == 0
 
 
+@pytest.mark.parametrize("axes", LAYOUTS)
+@pytest.mark.parametrize("lengths", [[], [1], [16], [5, 9, 17, 1]])
+def test_for_fp8_every_ranks_share_is_a_multiple_of_sixteen(axes: Any, lengths: list[int]) -> None:
+    groups = _groups(**axes)
+    for packed in split(_batch(lengths), groups, 20, fp8=True).packs:
+        shards = groups.tp_size if groups.parallel.sequence_parallel else 1
+        assert packed.tokens.shape[0] % (16 * shards) == 0
+
+
 @given(lengths=lengths_lists, budget=st.integers(1, 50))
 def test_outputs_come_back_in_row_order_at_the_tokens_own_index(lengths: list[int], budget: int) -> None:
     groups, batch = _groups(tp=2, sequence_parallel=True), _batch(lengths)

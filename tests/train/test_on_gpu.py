@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.train import stages
 
@@ -135,12 +136,37 @@ def test_bf16_stays_near_fp32(folder: Path, stage: str) -> None:
         assert max(line["parity/mean"] for line in rounded) < 0.005, [line["parity/mean"] for line in rounded]
 
 
-@pytest.mark.skipif(
+needs_transformer_engine = pytest.mark.skipif(
     importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed"
 )
+
+
+@needs_transformer_engine
 def test_transformer_engine_trains_as_our_kernels(folder: Path) -> None:
     for kernels in ("triton", "te"):
         run = f"pretrain_{kernels}"
         train("pretrain", folder / "gpu", run, device(), engine__precision="bf16", model__kernels=kernels)
     for ours, theirs in zip(numbers(folder / "gpu/pretrain_triton"), numbers(folder / "gpu/pretrain_te"), strict=True):
         assert math.isclose(ours["loss"], theirs["loss"], rel_tol=5e-3), json.dumps([ours, theirs])
+
+
+@needs_transformer_engine
+@pytest.mark.parametrize("fp8", ["hybrid", "e4m3"])
+def test_fp8_trains_near_bf16_and_resumes_to_the_bit(folder: Path, fp8: str) -> None:
+    """On ragged packs: Transformer Engine refuses sizes that are no multiples of 16."""
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("the device has no FP8")
+    te: dict[str, Any] = {"engine__precision": "bf16", "model__kernels": "te", "optim__decay_steps": stages.STEPS}
+    for run, changes, steps in (
+        ("te", {}, stages.STEPS),
+        (fp8, {"model__fp8": fp8}, stages.STEPS),
+        (f"{fp8}_stopped", {"model__fp8": fp8}, 2),
+        (f"{fp8}_stopped", {"model__fp8": fp8}, stages.STEPS),
+    ):
+        train("pretrain", folder / "gpu", f"pretrain_{run}_fp8", device(), run__num_steps=steps, **te, **changes)
+    rounded, exact = numbers(folder / f"gpu/pretrain_{fp8}_fp8"), numbers(folder / "gpu/pretrain_te_fp8")
+    for one, other in zip(rounded, exact, strict=True):
+        assert math.isclose(one["loss"], other["loss"], rel_tol=2e-2), json.dumps([one, other])
+    assert [line["loss"] for line in rounded] != [line["loss"] for line in exact]  # it did round
+    stopped = folder / f"gpu/pretrain_{fp8}_stopped_fp8"
+    assert stages.metrics(stopped) == stages.metrics(folder / f"gpu/pretrain_{fp8}_fp8")

@@ -1,0 +1,121 @@
+"""``model.fp8`` with stand-ins for Transformer Engine: who is told, and that every product has sizes it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from megatron.core.extensions import transformer_engine as te_extension
+from megatron.core.extensions import transformer_engine_spec_provider as te_provider
+from megatron.core.transformer import transformer_block
+from torch import Tensor
+
+from megatron_zj.config.model import ModelConfig
+from megatron_zj.config.optim import EngineConfig
+from megatron_zj.config.parallel import ParallelConfig
+from megatron_zj.models import providers
+from tests.engine.training import MODEL, Case, Squares, global_batch, make_engine, make_groups, shard_of
+from tests.helpers.ranks import run_ranks
+from tests.models.test_providers import Attention, Norm, NormColumn, Row
+
+WITH_TE = replace(MODEL, kernels="te", ffn_hidden_size=64)  # a multiple of 16 on each of two tensor ranks
+
+
+class Autocast:
+    """Stands in for Transformer Engine's FP8 context: what it was asked for, and the shapes of the products inside."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self.asked: set[tuple[Any, ...]] = set()
+        self.shapes: list[tuple[int, ...]] = []
+
+    @contextlib.contextmanager
+    def __call__(self, config: Any, layer: int = -1, is_init: bool = False) -> Iterator[None]:
+        self.asked.add((config.fp8, config.fp8_recipe, config.bf16))
+        self.active = True
+        yield
+        self.active = False
+
+    def check(self, *operands: Tensor) -> None:
+        """What Transformer Engine demands of both operands of an FP8 product, and of their transposes."""
+        if not self.active:
+            return
+        for operand in operands:
+            self.shapes.append(tuple(operand.shape))
+            rows, columns = math.prod(operand.shape[:-1]), operand.shape[-1]
+            assert rows % 16 == columns % 16 == 0, f"an FP8 product of {tuple(operand.shape)}"
+
+
+def _checked(linear: type, autocast: Autocast) -> type:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        autocast.check(x, self.weight)
+        return super(checked, self).forward(x, *args, **kwargs)
+
+    checked = type(linear.__name__, (linear,), {"forward": forward})
+    return checked
+
+
+@contextlib.contextmanager
+def transformer_engine() -> Iterator[Autocast]:
+    """As if it were installed."""
+    autocast = Autocast()
+    found = {
+        (providers, "find_spec"): lambda name: object(),
+        (te_extension, "HAVE_TE"): True,
+        (te_provider, "TELayerNormColumnParallelLinear"): _checked(NormColumn, autocast),
+        (te_provider, "TERowParallelLinear"): _checked(Row, autocast),
+        (te_provider, "TEDotProductAttention"): Attention,
+        (te_provider, "TENorm"): Norm,
+        (transformer_block, "get_fp8_context"): autocast,
+    }
+    with contextlib.ExitStack() as stack:
+        for (module, name), value in found.items():
+            stack.enter_context(mock.patch.object(module, name, value))
+        yield autocast
+
+
+def _train(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    with transformer_engine() as autocast:
+        case = Case(parallel, EngineConfig(micro_batch_tokens=40, precision="bf16"), model=model)
+        groups = make_groups(case)
+        engine = make_engine(case, groups)
+        objective, batches = Squares("lm"), [shard_of(global_batch(step), groups) for step in range(3)]
+        found: dict[str, Any] = {"losses": [engine.update(objective, batch)["loss"] for batch in batches]}
+        found["evaluated"] = engine.evaluate(objective, batches[0])["loss"]
+        outputs = engine.infer(("logprobs",), batches[0])
+        found["finite"] = outputs is None or bool(torch.isfinite(outputs["logprobs"].values).all())
+        found["config"] = [(chunk.config.fp8, chunk.config.fp8_recipe) for chunk in engine.chunks]
+    return {**found, "asked": autocast.asked, "products": len(autocast.shapes)}
+
+
+def _both(fp8: Any, parallel: ParallelConfig) -> list[dict[str, Any]]:
+    return [_train(model, parallel) for model in (replace(WITH_TE, fp8=fp8), WITH_TE)]
+
+
+@pytest.mark.parametrize(
+    ("fp8", "parallel"),
+    [
+        ("e4m3", ParallelConfig()),
+        ("hybrid", ParallelConfig(tp=2, sequence_parallel=True)),
+        ("hybrid", ParallelConfig(cp=2)),
+    ],
+    ids=["dp2", "tp2-sp", "cp2"],
+)
+def test_fp8_reaches_every_layer_with_sizes_it_takes(fp8: str, parallel: ParallelConfig) -> None:
+    """Rows of 1 to 24 tokens: without padding, the first product of ragged rows would stop the run."""
+    for found, without in run_ranks(2, _both, fp8, parallel):
+        assert found["config"] == [(fp8, "tensorwise")]
+        assert found["asked"] == {(fp8, "tensorwise", True)}
+        assert found["products"] > 0
+        assert without["config"] == [(None, "tensorwise")]
+        assert without["products"] == 0
+        # The stand-in rounds nothing, so the dummy rows alone could change a result.
+        assert found["losses"] == pytest.approx(without["losses"], rel=2e-3)
+        assert found["evaluated"] == pytest.approx(without["evaluated"], rel=2e-3)
+        assert found["finite"]
