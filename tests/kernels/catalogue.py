@@ -5,24 +5,39 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from torch import Tensor
 
+from kernels.attention import attention, decode_attention
+from kernels.gae import gae
+from kernels.linear_logprob import linear_logprob_partials
+from kernels.reward_head import ranking_loss, reward_head
+from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rope import rope
+from kernels.swiglu import swiglu
+from kernels.value_head import value_head, value_head_loss
+from tests.kernels.cases import ends, normal
 from tests.kernels.proofs import (
     DEVICE,
     DTYPES,
     Proof,
+    naive_norm,
+    naive_values,
     prove_add_norm,
     prove_attention,
     prove_attention_strides,
     prove_decode,
     prove_dense,
     prove_gae,
+    prove_layouts,
     prove_logprob,
     prove_logprob_shard,
     prove_norm,
     prove_precise_attention_sum,
+    prove_precise_scores,
     prove_ranking,
     prove_reward,
     prove_rope,
+    prove_small_difference,
     prove_swiglu,
     prove_value,
     prove_value_loss,
@@ -40,7 +55,10 @@ def _attention() -> dict[str, Proof]:
             f"ragged full {tag}": partial(prove_attention, (17, 0, 1, 50), dtype, causal=False),
             f"window {tag}": partial(prove_attention, (70,), dtype, window=19),
             f"context parallel {tag}": partial(prove_attention, (80, 24), dtype, shards=4),
-            f"fewer queries {tag}": partial(prove_attention, (3, 20), dtype, lengths_k=(40, 45)),
+            f"context parallel, many slots {tag}": partial(prove_attention, (160,), dtype, shards=4, slots_at_once=16),
+            f"twenty sequences {tag}": partial(prove_attention, [1, 5, 3, 0] * 5, dtype, dim=16),
+            f"ends unknown {tag}": partial(prove_attention, (33, 0, 1, 46), dtype, dim=16, ends_known=False),
+            f"fewer queries {tag}": partial(prove_attention, (3, 20, 18), dtype, lengths_k=(40, 45, 32)),
             f"blind queries {tag}": partial(prove_attention, (40, 5, 3), dtype, lengths_k=(35, 2, 0)),
         }
     cases |= {
@@ -56,6 +74,7 @@ def _attention() -> dict[str, Proof]:
         "large scores": partial(prove_attention, (37,), BF16, size=40.0),
         "head 8": partial(prove_attention, (35,), BF16, dim=8),
         "head 40": partial(prove_attention, (20, 15), FP32, dim=40),
+        "head 40, whole blocks": partial(prove_attention, (32,), FP32, dim=40, causal=False),
         "head 80": partial(prove_attention, (35,), BF16, dim=80),
         "head 96": partial(prove_attention, (35,), FP32, dim=96),
         "head 128": partial(prove_attention, (35,), FP32, dim=128),
@@ -65,6 +84,7 @@ def _attention() -> dict[str, Proof]:
         "window, context parallel": partial(prove_attention, (80,), FP32, shards=4, window=9),
         "window 1": partial(prove_attention, (35,), FP32, window=1),
         "long equal scores": prove_precise_attention_sum,
+        "precise scores": prove_precise_scores,
         "dense bf16": partial(prove_dense, "tma", 2, 37, 37, BF16),
         "dense full fp16": partial(prove_dense, "tma", 2, 20, 45, torch.float16, causal=False),
         "dense, fewer queries": partial(prove_dense, "tma", 2, 20, 45, BF16),
@@ -74,11 +94,16 @@ def _attention() -> dict[str, Proof]:
         "specialized, one odd row": partial(prove_dense, "specialized", 1, 37, 37, BF16, fused=True, dim=128),
         "specialized full, one odd row": partial(prove_dense, "specialized", 1, 37, 37, BF16, causal=False),
         "a tail in the next row": partial(prove_dense, "specialized", 2, 37, 37, BF16, falls_back=True),
+        "dense, gaps of 1": partial(prove_dense, "tma", 1, 20, 20, BF16, gap=1, falls_back=True),
+        "specialized, gaps of 8": partial(prove_dense, "specialized", 1, 20, 20, BF16, gap=8, falls_back=True),
         "decode fp32": partial(prove_decode, (1, 33, 70, 0, 16), FP32),
         "decode bf16": partial(prove_decode, (5, 64, 31), BF16),
         "decode window": partial(prove_decode, (1, 33, 70), FP32, window=20),
         "decode, a sliced cache": partial(prove_decode, (40, 3, 70), BF16, apart=True),
         "decode 40": partial(prove_decode, (20, 69), BF16, dim=40),
+        "decode mqa 32": partial(prove_decode, (20, 69), FP32, heads=32, kv_heads=1, dim=16),
+        "decode, five splits": partial(prove_decode, (140, 33, 100), FP32, heads=2, kv_heads=1, dim=16, capacity=140),
+        "decode, beyond the cache": partial(prove_decode, (90, 5, 71), FP32, dim=16),
         "decode mqa 80": partial(prove_decode, (20, 69), FP32, heads=8, kv_heads=1, dim=80),
     }
     return cases
@@ -126,7 +151,7 @@ def _rows(op: str) -> dict[str, Proof]:
                 f"primes {tag}": partial(prove_swiglu, 5, 23, dtype),
                 f"strided {tag}": partial(prove_swiglu, 3, 32, dtype, strided=True),
                 f"one row {tag}": partial(prove_swiglu, 1, 16, dtype),
-                f"large {tag}": partial(prove_swiglu, 2, 20, dtype, size=30.0),
+                f"large {tag}": partial(prove_swiglu, 2, 20, dtype, size=100.0),  # exp overflows at 88.7
             }
         else:
             cases |= {
@@ -138,6 +163,9 @@ def _rows(op: str) -> dict[str, Proof]:
     if op == "rms_norm":
         cases["width 16384"] = partial(prove_norm, 1, 16384, BF16)
         cases["many programs"] = partial(prove_norm, 600, 16, FP32)
+        cases["many programs, small difference"] = partial(
+            prove_small_difference, lambda x, w: [rms_norm(x, w, 1e-3)], lambda x, w: [naive_norm(x, w, 1e-3)], 8, 64
+        )
     return cases
 
 
@@ -156,6 +184,7 @@ def _logprob() -> dict[str, Proof]:
             f"chunks of an odd vocabulary {tag}": partial(prove_logprob, 11, 77, 40, dtype, chunk=24),
         }
     return cases | {
+        "many chunks": partial(prove_logprob, 5, 200, 32, BF16, chunk=4),
         "huge logits bf16": partial(prove_logprob, 8, 64, 32, BF16, size=60.0),  # up to 210: exp overflows at 88.7
         "huge whole logits fp32": partial(prove_logprob, 8, 200, 32, FP32, size=60.0, whole=True, programs=4),
         "all masked": partial(prove_logprob, 5, 40, 32, FP32, masked="all"),
@@ -202,7 +231,80 @@ def _heads(op: str) -> dict[str, Proof]:
                 f"undiscounted {tag}": partial(prove_gae, (40,), dtype, bootstrap=False, gamma=1.0, lam=1.0),
                 f"lambda 0 {tag}": partial(prove_gae, (19, 3), dtype, bootstrap=True, gamma=0.9, lam=0.0),
             }
+    if op == "reward_head":
+        cases["many rows, norm"] = partial(prove_reward, 50, 16, FP32)
+    elif op == "value_head":
+        cases["many parts, small difference"] = partial(
+            prove_small_difference, lambda x, w: [value_head(x, w)], lambda x, w: [naive_values(x, w)], 8, 20
+        )
+        cases["small difference of losses"] = partial(
+            prove_small_difference, _loss_of_zero, lambda x, w: [0.5 * naive_values(x, w).square()], 8, 20
+        )
     return cases
+
+
+def _loss_of_zero(hidden: Tensor, weight: Tensor) -> list[Tensor]:
+    zero = hidden.new_zeros(hidden.shape[0])
+    return [value_head_loss(hidden, weight, None, zero, zero, clip=None).loss]
+
+
+def _layouts() -> dict[str, dict[str, Proof]]:
+    """Every tensor argument strided, every gradient strided or expanded."""
+    hidden, weight, odd = normal(9, 37), normal(37, seed=1), torch.arange(9) % 3 == 1
+    return {
+        "attention": {
+            "layouts": partial(
+                prove_layouts, lambda q, k, v, cu_q, cu_k, slots: attention(q, k, v, cu_q, cu_k, q_slots=slots),
+                normal(8, 2, 16), normal(16, 1, 16, seed=1), normal(16, 1, 16, seed=2), ends((5, 3)), ends((10, 6)),
+                torch.tensor([0, 1, 2, 8, 9, 10, 14, 15]),
+            ),
+            "decode, layouts": partial(
+                prove_layouts, lambda *given: [decode_attention(*given)], normal(2, 4, 16),
+                normal(2, 40, 2, 16, seed=1), normal(2, 40, 2, 16, seed=2), torch.tensor([40, 7]),
+            ),
+        },
+        "rms_norm": {
+            "layouts": partial(prove_layouts, lambda *given: [rms_norm(*given, 1e-3)], hidden, weight),
+            "residual, layouts": partial(
+                prove_layouts, lambda *given: add_rms_norm(*given, 1e-3), hidden, normal(9, 37, seed=2), weight
+            ),
+        },
+        "swiglu": {"layouts": partial(prove_layouts, lambda x: [swiglu(x)], normal(5, 46))},
+        "rope": {
+            "layouts": partial(
+                prove_layouts, lambda *given: [rope(*given)], normal(5, 3, 16), normal(300, 8, seed=1),
+                normal(300, 8, seed=2), torch.arange(5) * 60,
+            ),
+        },
+        "linear_logprob": {
+            "layouts": partial(
+                prove_layouts, lambda *given: linear_logprob_partials(*given[:3], mask_T=given[3]), hidden,
+                normal(33, 37, seed=1), torch.arange(9) * 4, odd,
+            ),
+        },
+        "reward_head": {
+            "layouts, norm and bias": partial(
+                prove_layouts, lambda *given: [reward_head(*given[:4], norm_weight_D=given[4])], hidden,
+                torch.tensor([2, -1, 8]), weight, normal(1, seed=2), normal(37, seed=3),
+            ),
+            "layouts of groups": partial(
+                prove_layouts, lambda *given: ranking_loss(*given, centering=0.1), normal(5),
+                torch.tensor([4, 4, 4, 9, 9]), torch.tensor([1, 0, 2, 0, 1]),
+            ),
+        },
+        "value_head": {
+            "layouts": partial(
+                prove_layouts, lambda *given: value_head_loss(*given[:5], clip=0.2, mask_T=given[5]), hidden, weight,
+                normal(1, seed=2), normal(9, seed=3), normal(9, seed=4), odd,
+            ),
+        },
+        "gae": {
+            "layouts": partial(
+                prove_layouts, lambda *given: gae(*given[:3], gamma=0.9, lam=0.8, bootstrap_R=given[3]), normal(22),
+                normal(22, seed=1), ends((5, 0, 17)), normal(3, seed=2),
+            ),
+        },
+    }  # fmt: skip
 
 
 CATALOGUE: dict[str, dict[str, Proof]] = {
@@ -215,6 +317,5 @@ CATALOGUE: dict[str, dict[str, Proof]] = {
     "value_head": _heads("value_head"),
     "gae": _heads("gae"),
 }
-if DEVICE.type == "cuda":
-    for _op, _cases in _long().items():
-        CATALOGUE[_op] |= _cases
+for _op, _cases in (*_layouts().items(), *(_long().items() if DEVICE.type == "cuda" else ())):
+    CATALOGUE[_op] |= _cases

@@ -2,8 +2,8 @@
 
 Left alone, it computes with the bits of bf16 numbers as integers and truncates casts to bf16, gives 0 where a masked
 load names no ``other`` (on a GPU: anything), runs programs one after the other (so no race shows), and lets a store
-outside every tensor overwrite what is there.  Here bf16 is rounded to nearest even, such a load gives NaN, and a
-wild address or two programs at one address are errors.  Works on Triton 3.6 to 3.9.
+outside every tensor overwrite what is there.  Here bf16 is rounded to nearest even, such a load gives NaN or large
+integers, and a wild address or two programs at one address are errors.  Works on Triton 3.6 to 3.9.
 """
 
 from __future__ import annotations
@@ -210,6 +210,18 @@ def _as_bool(mask: Any) -> Any:
     return mask if mask.data.dtype == np.bool_ else Handle(mask.data.astype(np.bool_), tl.int1)
 
 
+def _poison(element: Any, addresses: Any) -> Any:
+    """NaN; of integers large ones of both signs, so that neither a sum nor a difference of two of them is small."""
+    kind = interpreter._get_np_dtype(element)
+    if element.is_floating():
+        return np.full(np.shape(addresses), 0x7FC0 if element == tl.bfloat16 else np.nan, dtype=kind)
+    if element.is_int1():
+        return np.ones(np.shape(addresses), dtype=kind)
+    large = np.iinfo(kind).max // 2
+    odd = addresses.astype(np.int64) // np.dtype(kind).itemsize % 2 == 1
+    return np.where(odd, large, -large).astype(kind)
+
+
 def _install_memory() -> None:
     executor = interpreter.GridExecutor
     plain_args, plain_load, plain_store = (
@@ -229,10 +241,8 @@ def _install_memory() -> None:
         if memory is not None:
             memory.read(memory.cells(pointers.data, mask.data, _size(pointers), "load"), _program())
         element = pointers.get_element_ty()
-        if other is None and element.is_floating() and not mask.data.all():
-            kind = interpreter._get_np_dtype(element)
-            poison = np.full(np.shape(pointers.data), 0x7FC0 if element == tl.bfloat16 else np.nan, dtype=kind)
-            other = Handle(poison, element)
+        if other is None and not mask.data.all():
+            other = Handle(_poison(element, pointers.data), element)
         return plain_load(self, pointers, mask, other, *rest, **kwargs)
 
     def store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **kwargs: Any) -> Any:

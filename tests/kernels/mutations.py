@@ -1,4 +1,4 @@
-"""Planted bugs.  Each is one edit of a kernel; the proofs of its op must notice every one of them."""
+"""Planted bugs.  Each is one edit of a kernel or of the function around it; its op's proofs must notice every one."""
 
 from __future__ import annotations
 
@@ -416,6 +416,142 @@ BUGS: list[Bug] = [
         ("composition reversed", "scale_b * shift_a + shift_b", "scale_a * shift_b + shift_a", "_then"),
         ("tail not masked", "inside = t < length", "inside = t < length + 1"),
         ("carry in bf16", "scale * carry + shift", "scale * carry.to(tl.bfloat16).to(tl.float32) + shift"),
+    ),
+    # What the function around a kernel does for it: strides, bounds of the grid, sums of partials.
+    *_bugs(
+        "attention", "attention_forward", "layouts|twenty|unknown|whole|precise",
+        ("keys taken as strided as they come", "_unit(q), _unit(k), _unit(v)", "_unit(q), k, _unit(v)", "forward"),
+        ("values taken as strided as they come", "_unit(q), _unit(k), _unit(v)", "_unit(q), _unit(k), v", "forward"),
+        ("slots not contiguous", "slots.contiguous()", "slots", "forward"),
+        ("sixteen sequences at most", "max(16, triton.next_power_of_2(cu_q.shape[0] - 1))", "16", "_meta"),
+        ("grid without a tile a sequence", "triton.cdiv(total, block) + num_sequences", "triton.cdiv(total, block)",
+         "_num_tiles"),
+        ("idle programs go on", "    if sequence >= num_sequences:\n        return\n", ""),
+        ("ends of no sequence read", "mask=known, other=0)\n    tiles", "mask=known)\n    tiles", "_find_tile"),
+        ("scores in bf16", "input_precision=PRECISION) * scale",
+         "input_precision=PRECISION).to(tl.bfloat16).to(tl.float32) * scale", "_forward_keys"),
+        ("padding of the head size read", "v = tl.load(v_place, mask=dim[None, :] < D, other=0.0)",
+         "v = tl.load(v_place)", "_forward_keys"),
+    ),
+    *_bugs(
+        "attention", "attention_dkdv", "layouts|many slots|unknown|fewer",
+        ("keys and values taken as strided as they come", "_unit(q), _unit(k), _unit(v)", "_unit(q), k, v", "backward"),
+        ("mask off by one query", "key_high - shift, 0)", "key_high - shift - 1, 0)", "_query_range"),
+        ("slots of the first chunk counted", "tl.range(0, num_q, CHUNK)",
+         "tl.range(0, tl.minimum(num_q, CHUNK), CHUNK)", "_count_before"),
+        ("idle programs go on", "    if sequence >= num_sequences:\n        return\n", ""),
+    ),
+    *_bugs(
+        "attention", "attention_dq", "unknown",
+        ("idle programs go on", "    if sequence >= num_sequences:\n        return\n", ""),
+    ),
+    *_bugs(
+        "attention", "decode_split", "^decode",
+        ("queries taken as strided as they come", "_unit(q), _unit(k_cache)", "q, _unit(k_cache)", "decode"),
+        ("lengths not contiguous", "lengths.contiguous()", "lengths", "decode"),
+        ("sixteen heads of the group at most", "MEMBERS=max(16, triton.next_power_of_2(heads // kv_heads))",
+         "MEMBERS=16", "decode"),
+        ("next row's cache read", "tl.minimum(tl.load(length_ptr + row), capacity)", "tl.load(length_ptr + row)"),
+    ),
+    *_bugs(
+        "attention", "decode_combine", "^decode",
+        ("four splits at most", "triton.next_power_of_2(splits)", "min(4, triton.next_power_of_2(splits))", "decode"),
+    ),
+    *_bugs(
+        "attention/dense", "attention_forward_dense", "^dense",
+        ("any alignment taken", "aligned and sized", "sized", "_takes"),
+    ),
+    *_bugs(
+        "attention/dense", "attention_forward_specialized", "^specialized|tail",
+        ("heads apart taken", "known and together and whole", "known and whole", "form_of"),
+        ("a tail in the next row taken", "known and together and whole", "known and together", "form_of"),
+    ),
+    *_bugs(
+        "rms_norm", "rms_norm_forward", "layouts",
+        ("x taken as strided as it comes", "flat if flat.stride(1) == 1 else flat.contiguous()", "flat", "rows_of"),
+        ("weight not contiguous", "flat, other, weight.contiguous()", "flat, other, weight", "forward"),
+    ),
+    *_bugs(
+        "rms_norm", "rms_norm_backward", "layouts|difference",
+        ("dy not contiguous", "dy = dy.contiguous()", "dy = dy", "backward"),
+        ("dsum not contiguous", "dsum.contiguous()", "dsum", "backward"),
+        ("weight not contiguous", "flat, weight.contiguous()", "flat, weight", "backward"),
+        ("partials summed in bf16", "partial.sum(0).to(weight.dtype)", "partial.to(weight.dtype).sum(0)", "backward"),
+        ("normalised input in bf16", "normed = x * rstd[:, None]",
+         "normed = (x * rstd[:, None]).to(tl.bfloat16).to(tl.float32)"),
+    ),
+    *_bugs(
+        "swiglu", "swiglu_forward", "layouts",
+        ("x taken as strided as it comes", "flat if flat.stride(1) == 1 else flat.contiguous()", "flat", "_rows"),
+    ),
+    *_bugs(
+        "swiglu", "swiglu_backward", "layouts|large",
+        ("dy not contiguous", "dy.contiguous()", "dy", "backward"),
+        ("sigmoid of large numbers", "tl.sigmoid(gate)", "tl.exp(gate) / (1.0 + tl.exp(gate))"),
+    ),
+    *_bugs(
+        "rope", "rope_rotate", "layouts|head 64",
+        ("x taken as strided as it comes", "x_THD if x_THD.stride(2) == 1 else x_THD.contiguous()", "x_THD",
+         "rotate_into"),
+        ("cosines not contiguous", "cos_PF.contiguous()", "cos_PF", "rotate_into"),
+        ("positions not contiguous", "positions_T.contiguous()", "positions_T", "rotate_into"),
+        ("positions of one byte", "other=0).to(tl.int64)", "other=0).to(tl.int8).to(tl.int64)"),
+    ),
+    *_bugs(
+        "linear_logprob", "logprob_forward", "layouts",
+        ("hidden and weight taken as strided as they come", "x if x.stride(1) == 1 else x.contiguous()", "x", "_rows"),
+        ("targets not contiguous", "targets.contiguous()", "targets", "forward"),
+    ),
+    *_bugs(
+        "linear_logprob", "logprob_dlogits", "layouts|chunks|large",
+        ("targets not contiguous", "targets.contiguous()", "targets", "backward"),
+        ("mask not contiguous", "mask.contiguous()", "mask", "backward"),
+        ("gradient of hidden in bf16 between chunks", "dhidden = torch.zeros((num_tokens, width), dtype=torch.float32",
+         "dhidden = torch.zeros((num_tokens, width), dtype=hidden.dtype", "backward"),
+        ("gradient of hidden of the last chunk", "dhidden += torch.mm", "dhidden = torch.mm", "backward"),
+        ("probabilities capped", "tl.exp(logit - lse[:, None])", "tl.exp(tl.minimum(logit - lse[:, None], -0.5))"),
+    ),
+    *_bugs(
+        "reward_head", "reward_head_forward", "layouts,|many rows",
+        ("hidden taken as strided as it comes", "hidden if hidden.stride(1) == 1 else hidden.contiguous()", "hidden",
+         "_rows"),
+        ("weight not contiguous", "weight.contiguous()", "weight", "forward"),
+        ("last tokens not contiguous", "last.contiguous()", "last", "forward"),
+        ("last token of one byte", "tl.load(last_ptr + row).to(tl.int64)",
+         "tl.load(last_ptr + row).to(tl.int8).to(tl.int64)"),
+    ),
+    *_bugs(
+        "reward_head", "reward_head_backward", "layouts,",
+        ("dscores not contiguous", "dscores.contiguous()", "dscores", "backward"),
+    ),
+    *_bugs(
+        "reward_head", "ranking_forward", "groups",
+        ("groups and ranks not contiguous", "groups.contiguous(), ranks.contiguous()", "groups, ranks", "ranking"),
+        ("groups of 32 bits", "group_i = tl.load(group_ptr + i, mask=inside, other=0)",
+         "group_i = tl.load(group_ptr + i, mask=inside, other=0).to(tl.int32)"),
+    ),
+    *_bugs(
+        "reward_head", "ranking_backward", "groups",
+        ("dloss not contiguous", "dloss.contiguous()", "dloss", "ranking_gradient"),
+    ),
+    *_bugs(
+        "value_head", "value_head_forward", "layouts",
+        ("hidden taken as strided as it comes", "hidden if hidden.stride(1) == 1 else hidden.contiguous()", "hidden",
+         "_rows"),
+        ("old values not contiguous", "old.contiguous()", "old", "forward"),
+        ("mask not contiguous", "mask.contiguous()", "mask", "forward"),
+    ),
+    *_bugs(
+        "value_head", "value_head_backward", "layouts|difference",
+        ("returns not contiguous", "returns.contiguous()", "returns", "backward"),
+        ("error in bf16", "dvalue * error", "dvalue * error.to(tl.bfloat16).to(tl.float32)"),
+        ("dW summed in bf16", "dweight.sum(0).to(weight.dtype)", "dweight.to(weight.dtype).sum(0)", "backward"),
+    ),
+    *_bugs(
+        "gae", "gae_scan", "layouts",
+        ("rewards not contiguous", "rewards_T.contiguous()", "rewards_T", "forward"),
+        ("bootstrap not contiguous", "bootstrap_R.contiguous()", "bootstrap_R", "forward"),
+        ("ends not contiguous", ").contiguous(),\n        values_T if", "),\n        values_T if", "forward"),
     ),
 ]  # fmt: skip
 

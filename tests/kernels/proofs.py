@@ -10,12 +10,13 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from kernels import dispatch
+from kernels import arguments, dispatch
 from kernels.attention import attention, decode_attention
 from kernels.gae import gae
 from kernels.linear_logprob import linear_logprob, linear_logprob_partials
@@ -86,6 +87,52 @@ def compare(op: Function, plain: Function, inputs: Sequence[Tensor], dtype: torc
             judge(*triple, dtype, f"{what} {index}", max(scale, 1e-30))
 
 
+def prove_layouts(op: Function, *inputs: Tensor) -> None:
+    """Memory layout changes no bit: strided inputs of every kind, and gradients that arrive strided or expanded."""
+    leaves = [x.to(DEVICE).float().requires_grad_() if x.is_floating_point() else x.to(DEVICE) for x in inputs]
+    wanted = [x for x in leaves if x.requires_grad]
+
+    def run(given: Sequence[Tensor], lay: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        outputs = list(op(*given))
+        smooth = [x for x in outputs if x.requires_grad]
+        directions = [lay(normal(*x.shape, seed=90 + i).to(x)) for i, x in enumerate(smooth)]
+        grads = torch.autograd.grad(smooth, wanted, directions, allow_unused=True) if smooth else ()
+        return [*outputs, *(x for x in grads if x is not None)]
+
+    with dispatch.use("triton"):
+        dense, spaced = run(leaves, torch.Tensor.contiguous), run([_spaced(x) for x in leaves], _spaced)
+        repeated = run(leaves, lambda x: x[:1].expand(x.shape).contiguous())
+        expanded = run(leaves, lambda x: x[:1].expand(x.shape))
+    for what, expected, found in (("strided", dense, spaced), ("expanded", repeated, expanded)):
+        for index, (one, other) in enumerate(zip(expected, found, strict=True)):
+            assert torch.equal(one, other), f"{what}: number {index} of outputs and gradients differs"
+
+
+def _spaced(x: Tensor) -> Tensor:
+    """The same numbers with a last stride of 2, and between them what nobody may read."""
+    between = torch.full_like(x, torch.nan) if x.is_floating_point() else ~x
+    return torch.stack((x, between), -1)[..., 0]
+
+
+def prove_small_difference(op: Function, plain: Function, rows: int, width: int) -> None:
+    """A weight gradient that is what remains of large partial sums: lost where those are rounded to bf16.
+
+    ``op`` and ``plain`` take hidden states [2 rows, width] and a weight [width]; each row has one that is almost it.
+    """
+    hidden = normal(rows, width)
+    near = hidden + normal(rows, width, seed=1, scale=0.02)
+
+    def apart(function: Function) -> Function:
+        def difference(x: Tensor, weight: Tensor) -> Sequence[Tensor]:
+            (y,) = function(x, weight)
+            return [y[:rows] - y[rows:]]
+
+        return difference
+
+    inputs = (torch.cat((hidden, near)), normal(width, seed=2))
+    compare(apart(op), apart(plain), inputs, torch.bfloat16)
+
+
 # --- attention ------------------------------------------------------------------------------------------------------
 
 
@@ -102,11 +149,14 @@ def prove_attention(
     scale: float | None = None,
     size: float = 1.0,
     shards: int = 0,
+    slots_at_once: int = 256,
     wide: bool = False,
+    ends_known: bool = True,
 ) -> None:
     """Forward, lse and three gradients; ``shards``: context-parallel pieces, of which the first and last are here.
 
-    ``wide``: with the offsets of tensors of more than 2^31 numbers.
+    ``slots_at_once``: of which the dK/dV kernel counts so many in a step.  ``wide``: with the offsets of tensors of
+    more than 2^31 numbers.  ``ends_known``: to the host; while a graph is captured they are not, and programs idle.
     """
     cu_k = ends(list(lengths_k or lengths))
     cu_q, slots = ends(list(lengths)), None
@@ -130,8 +180,17 @@ def prove_attention(
         return out, lse.detach()
 
     form = dispatch.triton_form("attention")
-    with patch.object(form, "WIDE_FROM", 0 if wide else form.WIDE_FROM):
+    with (
+        patch.object(form, "WIDE_FROM", 0 if wide else form.WIDE_FROM),
+        patch.object(form, "SLOT_CHUNK", slots_at_once),
+        nullcontext() if ends_known else unread(),
+    ):
         compare(kernel, plain, (q, k, v), dtype)
+
+
+def unread() -> AbstractContextManager[object]:
+    """The host reads no device tensor inside, as in the capture of a graph."""
+    return patch.object(arguments, "_readable", lambda tensor: False)
 
 
 def prove_attention_strides(dtype: torch.dtype, *, apart: bool = False) -> None:
@@ -159,9 +218,12 @@ def prove_attention_strides(dtype: torch.dtype, *, apart: bool = False) -> None:
 
 def prove_dense(
     form: dispatch.DenseForm, rows: int, num_q: int, num_k: int, dtype: torch.dtype, *, causal: bool = True,
-    dim: int = 64, fused: bool = False, falls_back: bool = False,
+    dim: int = 64, fused: bool = False, gap: int = 0, falls_back: bool = False,
 ) -> None:  # fmt: skip
-    """A form for dense batches; ``fused``: q, k and v are slices of one tensor; ``falls_back``: to the portable one."""
+    """A form for dense batches; ``fused``: q, k and v are slices of one tensor; ``falls_back``: to the portable one.
+
+    ``gap``: unused channels between two heads.
+    """
     cu_q, cu_k = ends([num_q] * rows), ends([num_k] * rows)
     launched: list[str] = []
 
@@ -169,6 +231,8 @@ def prove_dense(
         if fused:
             joined = torch.cat((q, k, v), 1)
             q, k, v = joined[:, : q.shape[1]], joined[:, q.shape[1] : -v.shape[1]], joined[:, -v.shape[1] :]
+        if gap:
+            q, k, v = (torch.nn.functional.pad(x, (0, gap))[..., :dim] for x in (q, k, v))
         with dispatch.use_dense(form), dispatch.record_launches() as launches:
             found = attention(q, k, v, cu_q.to(DEVICE), cu_k.to(DEVICE), causal=causal, cu_seqlens_q_list=cu_q.tolist(),
                               cu_seqlens_k_list=cu_k.tolist())  # fmt: skip
@@ -195,7 +259,8 @@ def prove_decode(
 ) -> None:  # fmt: skip
     """Rows of several lengths, one of them empty, against naive attention of each row.
 
-    ``apart``: the values' cache is a slice, so its strides are not the keys'.
+    ``apart``: the values' cache is a slice, so its strides are not the keys'.  A length above ``capacity``, which only
+    an unread tensor can hold, means the whole cache and nothing of the next row's.
     """
     rows = len(lengths)
     inputs = (
@@ -207,11 +272,12 @@ def prove_decode(
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
         if apart:
             v = torch.nn.functional.pad(v, (0, 0, 1, 1, 3, 2))[:, 3:-2, 1:-1]
-        return [decode_attention(q, k, v, torch.tensor(lengths, device=DEVICE), window=window)]
+        with unread() if max(lengths) > capacity else nullcontext():
+            return [decode_attention(q, k, v, torch.tensor(lengths, device=DEVICE), window=window)]
 
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
         outputs = []
-        for row, length in enumerate(lengths):
+        for row, length in enumerate(min(length, capacity) for length in lengths):
             cu = (ends((1,)), ends((length,)))
             keys, values = k[row, :length], v[row, :length]
             outputs.append(naive_attention(q[row : row + 1], keys, values, *cu, causal=True, window=window)[0])
@@ -232,6 +298,18 @@ def prove_precise_attention_sum() -> None:
         torch.bfloat16,
         grads=0,
     )
+
+
+def prove_precise_scores() -> None:
+    """Scores up to about 50: rounded to bf16 before the softmax they would move a weight by a tenth."""
+    cu = ends((37,))
+
+    def plain(*given: Tensor) -> Sequence[Tensor]:
+        wide = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in given)
+        return [naive_attention(*wide, cu, cu, causal=True)[0].to(given[0].dtype)]
+
+    inputs = (normal(37, 1, 64, scale=16.0), normal(37, 1, 64, seed=1), normal(37, 1, 64, seed=2))
+    compare(lambda *given: attention(*given, cu.to(DEVICE))[:1], plain, inputs, torch.bfloat16, grads=0)
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
@@ -282,8 +360,8 @@ def prove_swiglu(rows: int, width: int, dtype: torch.dtype, *, strided: bool = F
 def prove_rope(tokens: int, heads: int, dim: int, dtype: torch.dtype, *, strided: bool = False) -> None:
     """rope, forward and backward, at packed positions, and in place."""
     frequencies = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    cos, sin = rope_tables(frequencies, 50)
-    positions = (torch.arange(tokens) * 7) % 50
+    cos, sin = rope_tables(frequencies, 300)
+    positions = (torch.arange(tokens) * 41) % 300
     x = normal(tokens, heads, 2 * dim if strided else dim)
 
     def cut(x: Tensor) -> Tensor:
@@ -412,7 +490,7 @@ def prove_ranking(
 
     ``apart``: how much better each rank scores than the next, so that all losses are small.
     """
-    groups = torch.cat([torch.full((size,), 7 * index) for index, size in enumerate(sizes)])
+    groups = torch.cat([torch.full((size,), index << 33) for index, size in enumerate(sizes)])
     ranks = torch.cat([torch.arange(size) * 2 // 3 for size in sizes])
     order = torch.randperm(groups.shape[0], generator=torch.Generator().manual_seed(5))
     groups, ranks = groups[order], ranks[order]
@@ -443,6 +521,12 @@ def prove_ranking(
     compare(kernel, plain, (scores,), dtype)
 
 
+def naive_values(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden @ weight, in fp32 at least."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return hidden.to(wide) @ weight.to(wide)
+
+
 def prove_value(tokens: int, width: int, dtype: torch.dtype, *, bias: bool = True, strided: bool = False) -> None:
     """The value head alone."""
     inputs = [normal(tokens, width * (2 if strided else 1)), normal(width, seed=1)] + (
@@ -450,9 +534,8 @@ def prove_value(tokens: int, width: int, dtype: torch.dtype, *, bias: bool = Tru
     )
 
     def plain(hidden: Tensor, weight: Tensor, *rest: Tensor) -> Sequence[Tensor]:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        found = hidden[:, :width].to(wide) @ weight.to(wide)
-        return [found + rest[0].to(wide) if rest else found]
+        found = naive_values(hidden[:, :width], weight)
+        return [found + rest[0].to(found.dtype) if rest else found]
 
     compare(lambda h, w, *rest: [value_head(h[:, :width], w, *rest)], plain, inputs, dtype)
 

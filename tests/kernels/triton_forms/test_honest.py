@@ -71,6 +71,15 @@ def test_a_masked_load_without_other_is_poison() -> None:
     assert torch.equal(out.isnan(), torch.arange(16) >= 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64])
+def test_a_masked_load_of_integers_without_other_is_large_and_uneven(dtype: torch.dtype) -> None:
+    out = torch.empty(16, dtype=dtype)
+    _masked[(1,)](torch.ones(16, dtype=dtype), out, 4, BLOCK=16)
+    assert (out[:4] == 1).all()
+    assert (out[4:].abs() > torch.iinfo(dtype).max // 5).all()
+    assert (out[5:] != out[4:-1]).all()
+
+
 @pytest.mark.parametrize(
     ("kernel", "grid", "args", "fault"),
     [
