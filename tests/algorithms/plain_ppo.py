@@ -61,8 +61,7 @@ class PlainPPO:
         stopped = iteration < config.critic_warmup_steps
         for epoch in range(config.epochs):
             order = torch.randperm(len(rows), generator=keyed_generator(RUN_SEED, "minibatches", iteration, epoch))
-            for ids in order.split(config.minibatch_size):
-                picked = [rows[index] for index in ids.tolist()]
+            for picked in self._minibatches([rows[index] for index in order.tolist()]):
                 found = {f"critic/{key}": value for key, value in self._update("critic", picked).items()}
                 if not stopped:
                     actor = self._update("actor", picked)
@@ -72,11 +71,23 @@ class PlainPPO:
         for key in sorted({key for update in updates for key in update}):
             values = [update[key] for update in updates if key in update]
             metrics[key] = sum(values) / len(values)
-        if config.kl_controller == "adaptive":
+        if config.kl_controller == "adaptive" and iteration >= config.critic_warmup_steps:
             assert config.kl_target is not None
             error = min(0.2, max(-0.2, (metrics["kl"] - config.kl_target) / config.kl_target))
             self.kl_coef = self.kl_coef * (1 + error * len(rows) / config.kl_horizon)
         return metrics
+
+    def _minibatches(self, rows: list[Row]) -> list[list[Row]]:
+        """Neighbours; or, longest first, dealt forth and back like cards."""
+        size = self.config.minibatch_size
+        if not self.config.balance_minibatches:
+            return [rows[start : start + size] for start in range(0, len(rows), size)]
+        hands: list[list[Row]] = [[] for _ in range(len(rows) // size)]
+        seats = list(range(len(hands)))
+        for place, row in enumerate(sorted(rows, key=lambda row: len(row["tokens"]), reverse=True)):
+            turn, seat = divmod(place, len(hands))
+            hands[seats[::-1][seat] if turn % 2 else seats[seat]].append(row)
+        return hands
 
     def _score(self, rows: Sequence[Row]) -> None:
         config = self.config
@@ -93,6 +104,7 @@ class PlainPPO:
                 score += config.rules["varied"] * (len(set(grams)) / len(grams) if grams else 1.0)
             if config.score_clip is not None:
                 score = max(-config.score_clip, min(config.score_clip, score))
+            score *= config.score_sign
             score -= config.missing_eos_penalty * row["truncated"]
             row["score"] = score - config.length_penalty * max(0, len(row["old"]) - config.length_free)
 
@@ -154,15 +166,24 @@ def collect_row(
     """One sampled answer with what every model says about its response tokens."""
     sample_id, prompt = sample
     noise = sample_noise(RUN_SEED, iteration, sample_id, sampling.max_new_tokens)
-    tokens = list(prompt)
-    for position in range(sampling.max_new_tokens):
+    tokens, sampled, ended = list(prompt), [], False
+    while len(sampled) < sampling.max_new_tokens and not ended:
         logits = models["actor"].logits(torch.tensor(tokens))[-1:]
-        tokens.append(int(draw(logits, noise[position : position + 1], sampling)[0]))
-        if tokens[-1] == STOP:
-            break
+        for seen in set(tokens):  # CTRL's penalty makes a seen token less likely, whatever the sign of its logit
+            penalty = sampling.repetition_penalty
+            logits[0, seen] = logits[0, seen] / penalty if logits[0, seen] > 0 else logits[0, seen] * penalty
+        if len(sampled) < sampling.min_new_tokens:
+            logits[0, STOP] = -math.inf
+        token, logprob = draw(logits, noise[len(sampled) : len(sampled) + 1], sampling)
+        tokens.append(int(token))
+        sampled.append(float(logprob))
+        text = decode(tokens[len(prompt) :])  # a letter a token
+        ended = tokens[-1] == STOP
+        ended |= len(sampled) >= sampling.min_new_tokens and text.endswith(sampling.stop_strings or ("\n",))
     row, start = torch.tensor(tokens), len(prompt)
-    found: Row = {"tokens": row, "start": start, "truncated": tokens[-1] != STOP}
+    found: Row = {"tokens": row, "start": start, "truncated": not ended}
     found["old"] = models["actor"].logprobs(row, sampling.temperature)[start:]
+    found["sampled"] = found["old"].new_tensor(sampled)
     found["raw"] = float(models["reward"].score(row))
     if "reference" in models:
         found["ref"] = models["reference"].logprobs(row, sampling.temperature)[start:]
@@ -223,6 +244,9 @@ def policy_loss(config: Any, kl_coef: float, model: ReferenceLlama, row: Row) ->
         gain = torch.maximum(gain, lowest)
     found = {"approx_kl": (ratio - 1 - (new - row["old"])).detach(), "clip_fraction": binds.to(new.dtype)}
     loss = -gain
+    if getattr(config, "importance_cap", None) is not None:
+        found["importance"] = (row["old"] - row["sampled"]).exp().clamp(max=config.importance_cap)
+        loss = loss * found["importance"]
     if kl_coef:
         kl = kl_of(new, row["ref"], config.kl_estimator)
         loss, found["kl_loss"] = loss + kl_coef * kl, kl.detach()

@@ -57,6 +57,7 @@ HEADS: dict[str, HeadKind] = {"actor": "lm", "reference": "lm", "critic": "value
 SEEDS = {"actor": 1, "reference": 1, "critic": 2, "reward": 3}
 STOP, RUN_SEED, ITERATIONS = 17, 13, 2
 PROMPTS = [[7], [8, 9, 10], [11, 12], [13, 14, 15, 16], [17, 18], [19], [20, 21, 22], [23, 24]]
+LOOSE = frozenset({"kl", "score_scaled", "score_best", "score_mean", "explained_variance"})  # terms may cancel
 History = list[dict[str, Any]]  # by iteration: numbers, and samples; last the weights
 
 
@@ -130,7 +131,7 @@ def build_ppo(config: PPOConfig, layout: Layout, activity: Activity | None = Non
 
 def build_rollout(sampling: SamplingConfig, layout: Layout) -> Rollout:
     """Ends at ``STOP``."""
-    return (Float64Rollout if layout.float64 else Rollout)(sampling, frozenset({STOP}), RUN_SEED)
+    return (Float64Rollout if layout.float64 else Rollout)(sampling, frozenset({STOP}), RUN_SEED, decode)
 
 
 def run_ppo(layout: Layout, configs: Sequence[PPOConfig] = (PPO_CONFIG,)) -> list[History]:
@@ -184,10 +185,11 @@ def whole_weights(roles: dict[str, Role], names: Iterable[str]) -> dict[str, Ten
     return whole
 
 
-def differences(found: History, expected: History, floor: float = 1.0) -> dict[str, float]:
+def differences(found: History, expected: History, floor: float | None = None) -> dict[str, float]:
     """How far everything in ``expected`` is off, by iteration and name.
 
-    Numbers and tensors: the distance by the size, which counts as at least ``floor``.  Samples: 0, or infinite.
+    Numbers and tensors: the distance by the size, which counts as at least ``floor``; without one, as at least 0.01 of
+    a number and 1 of a tensor or of a number whose terms cancel.  Samples: 0, or infinite.
     """
     off = {}
     for index, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
@@ -196,5 +198,6 @@ def differences(found: History, expected: History, floor: float = 1.0) -> dict[s
                 off[f"{index}/{name}"] = 0.0 if mine[name] == value else math.inf
             else:
                 one, other = (torch.as_tensor(item, dtype=torch.float64) for item in (mine[name], value))
-                off[f"{index}/{name}"] = float((one - other).norm() / other.norm().clamp(min=floor))
+                least = 1.0 if other.ndim or name in LOOSE else 0.01
+                off[f"{index}/{name}"] = float((one - other).norm() / other.norm().clamp(min=floor or least))
     return off

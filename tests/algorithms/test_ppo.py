@@ -13,6 +13,7 @@ from megatron_zj.algorithms.experience import ParityError
 from megatron_zj.algorithms.health import HealthError
 from megatron_zj.config.algorithm import ParityConfig, PPOConfig
 from megatron_zj.config.health import HealthConfig
+from megatron_zj.config.sampling import SamplingConfig
 from tests.algorithms import ppo_world
 from tests.algorithms.layouts import LAYOUTS, MORE_LAYOUTS, Layout
 from tests.algorithms.plain_ppo import PlainPPO
@@ -46,7 +47,24 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "rules": {"varied": 0.5},
         "kl_estimator": "abs",
         "entropy_coef": 0.0,
+        "kl_controller": "adaptive",
+        "kl_target": 0.01,
+        "kl_horizon": 40,
     },
+}
+# a penalty makes what is sampled from another distribution than what is learned
+SAMPLING_OPTIONS: dict[str, Any] = {
+    "sampling": SamplingConfig(
+        max_new_tokens=9,
+        temperature=0.9,
+        repetition_penalty=1.2,
+        min_new_tokens=2,
+        stop_strings=("J", "K", "[", "VX"),
+    ),
+    "parity": ParityConfig(mean=None),
+    "importance_cap": 1.02,
+    "balance_minibatches": True,
+    "score_sign": -1,
 }
 
 
@@ -74,13 +92,18 @@ def test_two_iterations_equal_plain_torch(layout: str, plain: History) -> None:
         assert found[0][0]["actor/first_ratio_off"] == 0
 
 
+OPTION_LAYOUTS = ["one rank", "small packs", "dp2", "cp2", "split 2 + 2"]
+OPTION_LAYOUTS += [pytest.param(name, marks=pytest.mark.slow) for name in ("tp2 sp", "pp2", "split 2 + 4")]
+
+
 @pytest.fixture(scope="module")
 def variants() -> list[tuple[PPOConfig, History]]:
-    configs = [dataclasses.replace(ppo_world.PPO_CONFIG, **changes) for changes in OPTIONS.values()]
+    changed = [*OPTIONS.values(), SAMPLING_OPTIONS]
+    configs = [dataclasses.replace(ppo_world.PPO_CONFIG, **changes) for changes in changed]
     return [(config, PlainPPO(config).run()) for config in configs]
 
 
-@pytest.mark.parametrize("layout", ["one rank", "small packs", "dp2", "cp2"])
+@pytest.mark.parametrize("layout", OPTION_LAYOUTS)
 def test_every_option_equals_plain_torch(layout: str, variants: list[tuple[PPOConfig, History]]) -> None:
     configs = [config for config, _ in variants]
     for histories in run_ranks(LAYOUTS[layout].world, ppo_world.run_ppo, LAYOUTS[layout], configs):
@@ -89,7 +112,7 @@ def test_every_option_equals_plain_torch(layout: str, variants: list[tuple[PPOCo
 
 
 def test_the_options_do_something(variants: list[tuple[PPOConfig, History]]) -> None:
-    in_loss, adaptive, clips, late = (history for _, history in variants)
+    in_loss, adaptive, clips, late, sampled = (history for _, history in variants)
     assert in_loss[1]["actor/kl_loss"] > 0
     assert in_loss[0]["actor/weight"] == ppo_world.PPO_CONFIG.minibatch_size
     assert adaptive[1]["kl_coef"] != adaptive[0]["kl_coef"]
@@ -97,6 +120,11 @@ def test_the_options_do_something(variants: list[tuple[PPOConfig, History]]) -> 
     assert clips[1]["critic/clip_fraction"] == 0
     assert "actor/loss" not in late[0]
     assert "actor/loss" in late[1]
+    assert late[1]["kl_coef"] == late[0]["kl_coef"]  # no controller while only the critic learns
+    assert 0.8 < sampled[0]["actor/importance"] < 1.02
+    ends = [chr(ord("A") + row[-1]) for row in sampled[0]["samples"]]
+    assert any(letter in "JK[X" for letter in ends)
+    assert 0 < sampled[0]["truncated"] < 1
 
 
 def _perturbed_after_sampling(changes: dict[str, Any]) -> list[str]:
