@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy,
 from megatron_zj.checkpoint import retention, tree
 from megatron_zj.checkpoint.errors import CheckpointError, everywhere, gather, this_rank, world_size
 from megatron_zj.checkpoint.manifest import MANIFEST, TOKENIZER, Manifest, read_manifest, verify
-from megatron_zj.checkpoint.save import ALGORITHM, COMMON, EXTRA_STATE, ROLES, Saveable
+from megatron_zj.checkpoint.save import ALGORITHM, COMMON, EXTRA_STATE, ROLES, Saveable, make_room
 from megatron_zj.checkpoint.shards import ShardReader
 from megatron_zj.config.model import HeadKind, ModelConfig
 from megatron_zj.parallel.groups import placement_world
@@ -232,6 +232,7 @@ def _load_role(folder: Path, engine: Saveable, weights_only: bool, fresh_head: b
             validate_access_integrity=False,
         )
         engine.load_sharded_state(loaded)
+        make_room(engine)
 
 
 def _keep_head(state: dict[str, Any]) -> None:

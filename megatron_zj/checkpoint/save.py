@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -30,6 +30,7 @@ from megatron_zj.checkpoint.manifest import ManifestInfo, RoleInfo, new_manifest
 from megatron_zj.checkpoint.shards import Index, ShardWriter, require_finite, write_foreign_common, write_index
 from megatron_zj.config.checkpoint import CheckpointConfig
 from megatron_zj.config.model import HeadKind, ModelConfig
+from megatron_zj.config.optim import EngineConfig
 from megatron_zj.parallel.groups import ParallelGroups, placement_world
 from megatron_zj.runtime.files import fsync
 
@@ -55,6 +56,16 @@ class Saveable(Protocol):
 
     def load_sharded_state(self, state: dict[str, Any]) -> None:
         """Take over what ``sharded_state(loading=True)`` asked for, filled in."""
+
+
+@runtime_checkable
+class Idles(Protocol):
+    """A Saveable that can give its device memory up; it comes back by itself."""
+
+    config: EngineConfig
+
+    def offload(self) -> None:
+        """Weights and optimizer state to the host."""
 
 
 @dataclass(frozen=True)
@@ -177,11 +188,7 @@ class Checkpointer:
         mark = ""
         with everywhere(f"collecting the state for {folder}"):
             mark = tree.fingerprint(algorithm_state)
-            parts = [
-                _snapshot(role, engine, copying=self.config.async_save)
-                for role, engine in engines.items()
-                if engine is not None
-            ]
+            parts = _snapshots(engines, copying=self.config.async_save)
         size = sum(piece.size for part in parts for piece in part.pieces)
         described = gather((size, mark, {role: _describe(e) for role, e in engines.items() if e is not None}))
         roles: dict[str, RoleInfo] = {}
@@ -262,6 +269,28 @@ def _advice(root: Path) -> str:
 def _describe(engine: Saveable) -> RoleInfo:
     layout = {**engine.groups.grid.sizes, "vpp": engine.groups.parallel.vpp}
     return RoleInfo(engine.model, engine.head, engine.trainable, layout)
+
+
+def make_room(engine: Saveable) -> bool:
+    """Free an idle engine's device memory where its configuration says so; whether it does."""
+    idles = isinstance(engine, Idles) and engine.config.offload_idle
+    if idles:
+        cast(Idles, engine).offload()
+    return idles
+
+
+def _snapshots(engines: Mapping[str, Saveable | None], copying: bool) -> list[_Part]:
+    """This rank's pieces of all roles.  Models that make room when idle are on the device one at a time; what is to be
+    written of them is then a copy on the host, whether ``copying`` or not.
+    """
+    here = {role: engine for role, engine in engines.items() if engine is not None}
+    idle = {role for role, engine in here.items() if len(here) > 1 and make_room(engine)}
+    parts = []
+    for role, engine in here.items():
+        parts.append(_snapshot(role, engine, copying or role in idle))
+        if role in idle:
+            make_room(engine)
+    return parts
 
 
 def _snapshot(role: str, engine: Saveable, copying: bool) -> _Part:

@@ -138,22 +138,28 @@ def _batch(config: RunConfig, block: Block) -> list[str]:
 
 
 def _memory(config: RunConfig, block: Block) -> list[str]:
-    """An estimate for the fullest rank: what all its models keep, and the largest that only one needs at a time."""
+    """An estimate for the fullest rank, in the phase that needs most: the models that stay on the device, the one whose
+    turn it is, and what it works with.
+    """
     known = roles(config)
-    lines, kept, working = [], 0, [0]
+    lines, kept, working, stays = [], dict[str, int](), dict[str, int](), 0
     for name in block.roles:
         engine, head = engine_of(config, known[name]), head_of(config, name)
         one = memory_estimate(config.model, head, block.parallel, engine, block.dp, trainable=is_trained(config, name))
-        kept += one.weights + one.gradients + one.optimizer
-        working.append(one.activations)
+        whole = one.weights + one.gradients + one.optimizer
+        stays += 0 if engine.offload_idle else whole
+        kept[name], working[name] = whole if engine.offload_idle else 0, one.activations
         lines.append(f"  memory   {name}: {one.describe()}")
     if isinstance(config.algorithm, OnPolicyConfig) and sampling_of(config) is not None and "actor" in block.roles:
-        working.append(_cache_bytes(config, config.algorithm, block))
-        lines.append(f"  memory   actor's key/value cache in rollouts: {working[-1] / _GIB:.2f} GiB")
+        cache = _cache_bytes(config, config.algorithm, block)
+        working["actor"] = max(working["actor"], cache)
+        lines.append(f"  memory   actor's key/value cache in rollouts: {cache / _GIB:.2f} GiB")
     if len(lines) > 1:
-        lines.append(
-            f"  memory   together {(kept + max(working)) / _GIB:.2f} GiB a rank: models, and the largest phase"
-        )
+        largest = stays + max((kept[name] + working[name] for name in block.roles), default=0)
+        what = "models, and the largest phase"
+        if len(block.roles) > 1 and any(kept.values()):
+            what = "the largest phase; engine.offload_idle keeps idle models on the host"
+        lines.append(f"  memory   together {largest / _GIB:.2f} GiB a rank: {what}")
     return lines
 
 

@@ -37,6 +37,8 @@ class Role:
         self.exchange = exchange
         if engine is not None:
             placement.engines.append(engine)
+            if engine.config.offload_idle:  # room for the models that are built, and loaded, after it
+                engine.offload()
 
     def infer(self, want: Want, batch: WorldBatch, temperature: float = 1.0) -> Pending[Rows | Tensor]:
         """What the head gives, laid out as ``batch``: token-aligned Rows, or a [rows] tensor of scores."""

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
+import pytest
+
+from megatron_zj.checkpoint.load import load
+from megatron_zj.checkpoint.manifest import ManifestInfo, read_manifest
+from megatron_zj.checkpoint.save import Checkpointer
+from megatron_zj.config.checkpoint import CheckpointConfig
+from megatron_zj.engine.engine import Engine
 from megatron_zj.engine.offload import HostCopy
 from megatron_zj.roles.world import WorldBatch
 from tests.algorithms import ppo_world
@@ -35,8 +44,53 @@ def _restores_of_steps() -> list[int]:
 
 
 def test_an_iteration_brings_back_a_role_only_when_it_is_its_turn() -> None:
-    """The actor is there; reference, critic and reward score; critic and actor take turns in two epochs of two."""
-    assert run_ranks(1, _restores_of_steps) == [[3 + 8, 3 + 8]]
+    """The actor samples, and is there in the second iteration; reference, critic and reward score; critic and actor
+    take turns in two epochs of two.
+    """
+    assert run_ranks(1, _restores_of_steps) == [[4 + 8, 3 + 8]]
+
+
+def _held(engines: dict[str, Engine]) -> dict[str, int]:
+    """Bytes of weights, gradients and optimizer state on the device, by role."""
+    found = {}
+    for name, engine in engines.items():
+        tensors = [*engine.chunks[0].parameters(), *(engine.optimizer.tensors() if engine.optimizer else ())]
+        tensors += [buffer.grad_data for chunk in engine._wrapped for buffer in chunk.buffers]
+        found[name] = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    return found
+
+
+def _through_a_checkpoint(folder: Path, layout: Layout, async_save: bool) -> tuple[Any, ...]:
+    """A step, a save, a load into a second world and its step; bytes held after build, save and load; digests."""
+    made = []
+    for _ in range(2):
+        ppo = ppo_world.build_ppo(ppo_world.PPO_CONFIG, layout)
+        made.append((ppo, {name: role.engine for name, role in ppo.roles.items() if role.engine is not None}))
+    (first, engines), (second, others) = made
+    held = [_held(engines)]
+    metrics = first.step()
+    writer = Checkpointer(folder, CheckpointConfig(async_save=async_save), ManifestInfo({}, None))
+    writer.save(1, engines, first.state_dict())
+    held.append(_held(engines))
+    writer.wait()
+    second.load_state_dict(load(folder, others))
+    held.append(_held(others))
+    files = read_manifest(folder / "step_00000001").files
+    digests = {name: record.sha256 for name, record in files.items() if name.endswith(".distcp")}
+    return metrics, second.step(), first.step(), digests, held
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_idle_roles_are_away_after_build_save_and_load_and_the_bits_are_the_same(
+    tmp_path: Path, async_save: bool
+) -> None:
+    plain = run_ranks(2, _through_a_checkpoint, tmp_path / "plain", Layout(2, engine=LATE), async_save)
+    idle = Layout(2, engine=dataclasses.replace(LATE, offload_idle=True))
+    for one, other in zip(run_ranks(2, _through_a_checkpoint, tmp_path / "idle", idle, async_save), plain, strict=True):
+        assert one[:4] == other[:4]
+        assert one[1] == one[2]  # the loaded one goes on as the saved one
+        assert [sum(held.values()) for held in one[4]] == [0, 0, 0]
+        assert all(size > 10_000 for held in other[4] for size in held.values())
 
 
 def _away() -> dict[str, list[str]]:

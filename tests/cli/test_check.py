@@ -44,6 +44,16 @@ def test_colocated_models_add_up_to_what_a_rank_must_hold(capsys: pytest.Capture
     assert float(together) == pytest.approx(gib, abs=0.05)
 
 
+def test_idle_models_on_the_host_leave_the_largest_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    _, shown, _ = zj_check(capsys, "experiment=zhongjing/ppo", "--elsewhere", "engine.offload_idle=true")
+    sizes = [float(line.split()[2]) for line in shown.splitlines() if line.startswith("  memory   ") and " = " in line]
+    (cache,) = [float(line.split()[-2]) for line in shown.splitlines() if "key/value cache" in line]
+    (together,) = [line for line in shown.splitlines() if "together" in line]
+    assert "engine.offload_idle keeps idle models on the host" in together
+    assert max(sizes) <= float(together.split()[2]) <= max(sizes) + cache
+    assert sum(sizes) > 1.5 * float(together.split()[2])
+
+
 def test_every_experiment_can_be_described(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("demo/pretrain", "demo/sft", "demo/reward", "demo/ppo", "zhongjing/ppo"):
         code, shown, _ = zj_check(capsys, f"experiment={name}", "--elsewhere")
