@@ -23,9 +23,10 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 import torch
+from torch._functorch import config as functorch
 
 from kernels import dispatch, shapes
-from kernels.shapes import Case
+from kernels.shapes import Case, split_form
 
 Run = Callable[[], object]
 OPS = ("attention", "decode_attention", "rms_norm", "rope", "swiglu", "linear_logprob", "reward_head", "ranking_loss",
@@ -54,7 +55,7 @@ class Comparison:
 
     op: str
     shape: str
-    way: str  # "forward", "both"; "" where there is no backward pass
+    way: str  # "forward", "backward", "both"; "" where there is no backward pass
     rival: str
     milliseconds: tuple[float, float]  # ours, the rival's
     times_faster: float
@@ -119,18 +120,25 @@ def ceilings(watch: Stopwatch) -> dict[str, float]:
 
 
 def time_case(case: Case, watch: Stopwatch, ceiling: Mapping[str, float], without: Sequence[str] = ()) -> list[Timing]:
-    """Every form of one case but these; a form that fails is left out with its reason on standard error."""
+    """Every form of one case but these; a form that fails is left out with its reason on standard error.
+
+    A backward pass is timed over one graph, built before the clock starts and kept from run to run.
+    """
     found = []
-    for form, run in case.forms.items():
-        if _split(form)[0] in without:
+    for form in (*case.forms, *case.backward):
+        name, way = split_form(form)
+        if name in without:
             continue
         try:
-            elapsed = watch.milliseconds(run)
-            peak = watch.peak_mib(run)
+            # What torch.compile gives away for good after one backward pass cannot be run again.
+            with functorch.patch(donated_buffer=False):
+                run = case.backward[form]() if form in case.backward else case.forms[form]
+                elapsed = watch.milliseconds(run)
+                peak = watch.peak_mib(run)
         except (RuntimeError, NotImplementedError) as error:
             sys.stderr.write(f"{case.op} {case.shape} {form}: {str(error).splitlines()[0][:120]}\n")
             continue
-        rate = case.work / elapsed / (1e6 if case.unit == "GB/s" else 1e9)
+        rate = case.work[way] / elapsed / (1e6 if case.unit == "GB/s" else 1e9)
         percent = 100 * rate / ceiling[case.unit] if case.unit in ceiling else None
         found.append(Timing(case.op, case.shape, form, elapsed, rate, case.unit, percent, peak))
     return found
@@ -160,9 +168,9 @@ def line(timing: Timing) -> str:
 def side_by_side(timings: Sequence[Timing]) -> list[Comparison]:
     """Our default form of each op, shape and pass beside every other form of the same."""
     found = []
-    ours = {(t.op, t.shape, way): t for t in timings for name, way in [_split(t.form)] if name == "ours"}
+    ours = {(t.op, t.shape, way): t for t in timings for name, way in [split_form(t.form)] if name == "ours"}
     for timing in timings:
-        rival, way = _split(timing.form)
+        rival, way = split_form(timing.form)
         own = ours.get((timing.op, timing.shape, way))
         if own is None or own is timing:
             continue
@@ -171,12 +179,6 @@ def side_by_side(timings: Sequence[Timing]) -> list[Comparison]:
         times, peaks = (own.milliseconds, timing.milliseconds), (own.peak_mib, timing.peak_mib)
         found.append(Comparison(timing.op, timing.shape, way, rival, times, faster, peaks, less))
     return found
-
-
-def _split(form: str) -> tuple[str, str]:
-    """'bare GEMM both' -> ('bare GEMM', 'both')."""
-    name, _, way = form.rpartition(" ")
-    return (name, way) if way in ("forward", "both") else (form, "")
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
@@ -228,7 +230,9 @@ def report(timings: Sequence[Timing], ceiling: Mapping[str, float], device: torc
         arch = configs.architecture(device)
         record["triton"] = importlib.import_module("triton").__version__
         record["arch"] = arch
-        record["hashes"] = {label: fingerprint.entry_hash(entry, arch) for label, entry in resources.by_label().items()}
+        record["hashes"] = {
+            label: fingerprint.timing_hash(entry, arch) for label, entry in resources.by_label().items()
+        }
         record["cubins"] = {record["triton"]: resources.cubins(arch)}
     return record
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -95,7 +96,7 @@ def _attention(dim: int, dtype: torch.dtype = BF16) -> Iterator[Entry]:
     )  # fmt: skip
     decode = {
         "KV_HEADS": kv_heads, "GROUP": 4, "MEMBERS": 16, "D": dim, "BD": meta["BD"], "WINDOW": 0,
-        "PRECISION": meta["PRECISION"],
+        "WIDE": False, "PRECISION": meta["PRECISION"],
     }  # fmt: skip
     cache = (4096 * kv_heads * dim, kv_heads * dim, dim)
     yield Entry(
@@ -106,16 +107,17 @@ def _attention(dim: int, dtype: torch.dtype = BF16) -> Iterator[Entry]:
 
 
 def _rows() -> Iterator[Entry]:
-    # At width 64 a thread holds one number of the weight: a 16-bit load, and nothing to gain from a wider one.
-    for width in (64, 1024, 4096, 8192, 16384):
+    # At small widths a thread holds one number of the weight: a 16-bit load, and nothing to gain from a wider one.
+    for width, dtype in itertools.product(configs.WIDTHS, (BF16, FP32)):
+        key = norm.table_key(width, dtype)
         yield Entry(
-            "rms_norm", norm.rms_norm_forward, "rms_norm_forward", str(width),
-            (*_floats(BF16, 5), pointer(FP32), width, width, 65536, width, 1e-5),
+            "rms_norm", norm.rms_norm_forward, "rms_norm_forward", key,
+            (*_floats(dtype, 5), pointer(FP32), width, width, 65536, width, 1e-5),
             {"BLOCK": width, "HAS_RESIDUAL": True}, aligned=width > 64,
         )  # fmt: skip
         yield Entry(
-            "rms_norm", norm.rms_norm_backward, "rms_norm_backward", str(width),
-            (*_floats(BF16, 4), pointer(FP32), pointer(BF16), pointer(FP32), width, 65536, width, 256),
+            "rms_norm", norm.rms_norm_backward, "rms_norm_backward", key,
+            (*_floats(dtype, 4), pointer(FP32), pointer(dtype), pointer(FP32), width, 65536, width, 256),
             {"BLOCK": width, "HAS_DSUM": True}, aligned=width > 64,
         )  # fmt: skip
     yield Entry("swiglu", swiglu.swiglu_forward, "swiglu_forward", "", (*_floats(BF16, 2), 22016, 11008), {})
@@ -246,6 +248,6 @@ def entries() -> list[Entry]:
     found: list[Entry] = []
     for dim in (40, 64, 80, 96, 128, 256):
         found += _attention(dim)
-    for dim in (64, 128, 256):
+    for dim in (40, 64, 80, 96, 128, 256):
         found += _attention(dim, FP32)
     return [*found, *_variants(), *_around_attention(), *_rows(), *_heads(), *_logprob(BF16), *_logprob(FP32)]

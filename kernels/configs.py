@@ -33,7 +33,7 @@ def _blocks(num_warps: int, num_stages: int, **blocks: int) -> Config:
 
 _ROW_KERNELS: Table = {
     "rms_norm_forward": _rows(512, 16),
-    "rms_norm_backward": _rows(512, 16),
+    "rms_norm_backward": {**_rows(512, 16), "16384/fp32": _blocks(32, 2, ROWS=1)},  # 16 warps spill
     "swiglu_forward": {"": _blocks(4, 2, BLOCK=1024)},
     "swiglu_backward": {"": _blocks(4, 2, BLOCK=1024)},
     "rope_rotate": {"": _blocks(4, 2, ROWS=32)},
@@ -116,6 +116,8 @@ _TABLES: dict[str, Table] = {
             "128": _blocks(8, 3, BM=128, BN=64),
             "256": _blocks(8, 2, BM=128, BN=32),
             "fp32": _blocks(8, 1, BM=32, BN=32),
+            "80/fp32": _blocks(8, 1, BM=16, BN=16),
+            "96/fp32": _blocks(8, 1, BM=16, BN=16),
             "256/fp32": _blocks(8, 1, BM=16, BN=16),
         },
         "attention_dkdv": {
@@ -123,6 +125,9 @@ _TABLES: dict[str, Table] = {
             "128": _blocks(8, 2, BM=32, BN=128),
             "256": _blocks(8, 1, BM=64, BN=32),
             "fp32": _blocks(8, 1, BM=16, BN=32),
+            "40/fp32": _blocks(8, 1, BM=16, BN=16),  # no power of two, as for sm_80
+            "80/fp32": _blocks(8, 1, BM=16, BN=16),
+            "96/fp32": _blocks(8, 1, BM=16, BN=16),
         },
         "attention_dq": {
             "64": _blocks(8, 2, BM=128, BN=64),
@@ -143,8 +148,11 @@ _TABLES: dict[str, Table] = {
     },
 }
 
-# A compute unit of gfx942 has 64 KiB of shared memory.
-_SMALLER: Table = {"attention_forward": {**_TABLES["sm_80"]["attention_forward"], "128": _blocks(8, 2, BM=128, BN=64)}}
+# A compute unit of gfx942 has 64 KiB of shared memory, and its warps are twice as wide.
+_SMALLER: Table = {
+    "attention_forward": {**_TABLES["sm_80"]["attention_forward"], "128": _blocks(8, 2, BM=128, BN=64)},
+    "rms_norm_backward": _rows(512, 16),
+}
 TABLES: Mapping[str, Table] = {**_TABLES, "gfx942": {**_TABLES["sm_80"], **_SMALLER}}
 
 # Blocks of another table until a device of the kind has been measured.
@@ -176,7 +184,12 @@ def config(kernel: str, key: str, device: torch.device) -> Config:
 
 
 def lookup(arch: str, kernel: str, key: str) -> Config:
-    """The entry for ``key``; else, for a head size like 80, the one of the power of two above it (64 or more); else "".
+    """The blocks of ``resolve``."""
+    return TABLES[SAME_AS.get(arch, arch)][kernel][resolve(arch, kernel, key)]
+
+
+def resolve(arch: str, kernel: str, key: str) -> str:
+    """The table's entry for ``key``: of itself, of the power of two above it (64 or more), of "", the first there is.
 
     A key "128/fp32" falls back to "fp32" before it falls back to "128".
     """
@@ -186,5 +199,5 @@ def lookup(arch: str, kernel: str, key: str) -> Config:
     with_dtype = (key, f"{above}/{dtype}", dtype) if dtype else ()
     for name in (*with_dtype, size, above, ""):
         if name in table:
-            return table[name]
+            return name
     raise KeyError(f"no blocks for {kernel} {key!r} on {arch}")

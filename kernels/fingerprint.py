@@ -1,4 +1,7 @@
-"""A number for what a timing or a resource count was taken of: the kernel's source, all it calls, and its blocks."""
+"""A number for what a timing or a resource count was taken of: the kernel's source, all it calls, and its blocks.
+
+A timing depends on the host code besides: ``timing_hash``.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import inspect
 import json
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from kernels.catalogue import Entry
@@ -28,6 +32,19 @@ def entry_hash(entry: Entry, arch: str) -> str:
     """16 hex digits of an entry on an architecture: its source, its constants and its blocks."""
     meta = json.dumps(entry.launch_meta(arch), sort_keys=True, default=str)
     return hashlib.sha256(f"{source_hash(entry.kernel)} {meta}".encode()).hexdigest()[:16]
+
+
+def timing_hash(entry: Entry, arch: str) -> str:
+    """16 hex digits of what a timing of an entry depends on: ``entry_hash``, and the host code that launches it."""
+    folder = Path(inspect.getfile(entry.kernel.fn)).parent
+    return hashlib.sha256(f"{entry_hash(entry, arch)} {host_hash(folder)}".encode()).hexdigest()[:16]
+
+
+def host_hash(folder: Path) -> str:
+    """Of an op's modules but the torch forms, comments and layout aside: grids, chunks and copies are chosen there."""
+    files = [file for file in sorted(folder.glob("*.py")) if file.name not in ("reference.py", "plain.py")]
+    text = "".join(f"{file.name}\n{ast.unparse(ast.parse(file.read_text(encoding='utf-8')))}\n" for file in files)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _reached(kernel: Any, seen: set[str]) -> Iterator[str]:

@@ -32,11 +32,25 @@ class Case:
 
     op: str
     shape: str
-    forms: Mapping[str, Run]
-    work: float  # bytes that must move, or floating-point operations
+    forms: Mapping[str, Run]  # "ours forward", "naive both"; without a pass in the name: there is no backward pass
+    work: Mapping[str, float]  # of each pass: bytes that must move, or floating-point operations
     unit: str  # "GB/s" or "TFLOP/s"
     verify: Mapping[str, Results]  # of each form of ours: its outputs and gradients, and plain torch's in fp32
     tolerance: float = field(default=2e-2)
+    backward: Mapping[str, Callable[[], Run]] = field(default_factory=dict)  # "ours backward": to a graph's own run
+
+
+PASSES = ("forward", "backward", "both")
+
+
+def split_form(form: str) -> tuple[str, str]:
+    """'bare GEMM both' -> ('bare GEMM', 'both'); '' where there is no backward pass."""
+    name, _, way = form.rpartition(" ")
+    return (name, way) if way in PASSES else (form, "")
+
+
+def _work(forward: float, backward: float) -> dict[str, float]:
+    return {"": forward, "forward": forward, "backward": backward, "both": forward + backward}
 
 
 def cases(device: torch.device) -> list[Case]:
@@ -78,6 +92,36 @@ def _with_gradients(function: Callable[..., Sequence[Tensor]], inputs: Sequence[
     return run
 
 
+def _backward(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> Callable[[], Run]:
+    """Builds the graph; what it gives back runs the backward pass alone, any number of times."""
+
+    def build() -> Run:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        outputs = [out for out in function(*leaves) if out.requires_grad]
+        directions = [torch.randn_like(out) for out in outputs]
+        return lambda: torch.autograd.grad(outputs, leaves, directions, retain_graph=True)
+
+    return build
+
+
+def _case(
+    op: str,
+    shape: str,
+    named: Mapping[str, Callable[..., Sequence[Tensor]]],
+    inputs: Sequence[Tensor],
+    work: Mapping[str, float],
+    unit: str,
+    verify: Mapping[str, Results],
+) -> Case:
+    """Every form in every pass."""
+    forms: dict[str, Run] = {}
+    for name, function in named.items():
+        forms[f"{name} forward"] = lambda function=function: function(*inputs)  # type: ignore[misc]
+        forms[f"{name} both"] = _with_gradients(function, inputs)
+    backward = {f"{name} backward": _backward(function, inputs) for name, function in named.items()}
+    return Case(op, shape, forms, work, unit, verify, backward=backward)
+
+
 def _beside(
     ours: Callable[..., Sequence[Tensor]], plain: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]
 ) -> Results:
@@ -97,14 +141,6 @@ def _beside(
     return verify
 
 
-def _forms(named: Mapping[str, Callable[..., Sequence[Tensor]]], inputs: Sequence[Tensor]) -> dict[str, Run]:
-    forms: dict[str, Run] = {}
-    for name, function in named.items():
-        forms[f"{name} forward"] = lambda function=function: function(*inputs)  # type: ignore[misc]
-        forms[f"{name} both"] = _with_gradients(function, inputs)
-    return forms
-
-
 def _alternatives(
     device: torch.device, ours: Callable[..., Sequence[Tensor]], plain: Callable[..., Sequence[Tensor]]
 ) -> dict[str, Callable[..., Sequence[Tensor]]]:
@@ -118,6 +154,14 @@ def _liger(module: str, name: str, device: torch.device) -> Any:
     """A class of Liger's on CUDA, where it is installed and has it; else None."""
     try:
         return getattr(importlib.import_module(f"{LIGER}.{module}"), name) if device.type == "cuda" else None
+    except (ImportError, AttributeError):
+        return None
+
+
+def _varlen() -> Callable[..., Tensor] | None:
+    """torch's own attention over packed sequences, where this torch has it; else None."""
+    try:
+        return getattr(importlib.import_module("torch.nn.attention.varlen"), "varlen_attn")  # noqa: B009
     except (ImportError, AttributeError):
         return None
 
@@ -162,6 +206,10 @@ def _attention(
     elif not packed:
         named["ours tma"] = in_form("tma")
         named["ours specialized"] = in_form("specialized")
+    elif (varlen := _varlen()) is not None:
+        named["flash varlen"] = lambda q, k, v: [
+            varlen(q, k, v, cu, cu, max(lengths), max(lengths), window_size=(-1, 0), enable_gqa=True)
+        ]
     if not packed:
         named["sdpa"] = sdpa
         for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION") if device.type == "cuda" else ():
@@ -181,7 +229,7 @@ def _attention(
     used: dict[str, dispatch.DenseForm] = {"ours": "portable", "ours tma": "tma", "ours specialized": "specialized"}
     verify = {name: small(form) for name, form in used.items() if name in named}
     shape = f"{rows}x{length} H{heads}/{kv_heads} D{dim} {'packed' if packed else 'dense'}"
-    return Case("attention", shape, _forms(named, inputs), flops, "TFLOP/s", verify)
+    return _case("attention", shape, named, inputs, _work(flops, 2.5 * flops), "TFLOP/s", verify)  # 2 products, then 5
 
 
 def _decode(device: torch.device, rows: int, length: int, heads: int, kv_heads: int, dim: int) -> Case:
@@ -196,7 +244,7 @@ def _decode(device: torch.device, rows: int, length: int, heads: int, kv_heads: 
     forms: dict[str, Run] = {"ours": lambda: decode_attention(q, *cache, lengths), "naive": naive}  # type: ignore[call-arg,arg-type]
     moved = 2 * cache[0].numel() * cache[0].element_size()
     return Case(
-        "decode_attention", f"{rows} rows x {length} H{heads}/{kv_heads}", forms, moved, "GB/s",
+        "decode_attention", f"{rows} rows x {length} H{heads}/{kv_heads}", forms, _work(moved, 0.0), "GB/s",
         {"ours": lambda: ([decode_attention(q, cache[0], cache[1], lengths)], [naive()])},
     )  # fmt: skip
 
@@ -216,9 +264,9 @@ def _norm(device: torch.device, rows: int, width: int) -> Case:
     named = _alternatives(device, ours, plain)
     if (liger := _liger("ops.fused_add_rms_norm", "LigerFusedAddRMSNormFunction", device)) is not None:
         named["Liger"] = lambda x, residual, weight: liger.apply(x, residual, weight, 1e-5)
-    moved = 4 * rows * width * inputs[0].element_size()
-    return Case(
-        "rms_norm", f"{rows} x {width} + residual", _forms(named, inputs), moved, "GB/s",
+    moved = 4.0 * rows * width * inputs[0].element_size()  # four tensors in each pass
+    return _case(
+        "rms_norm", f"{rows} x {width} + residual", named, inputs, _work(moved, moved), "GB/s",
         {"ours": _beside(ours, plain, inputs)},
     )  # fmt: skip
 
@@ -234,7 +282,7 @@ def _logprob(device: torch.device, tokens: int, vocab: int, width: int) -> Case:
         table = torch.log_softmax((hidden @ weight.t()).float(), -1)
         return table.gather(1, targets[: len(hidden), None])[:, 0], -(table.exp() * table).sum(-1)
 
-    named: dict[str, Callable[..., Sequence[Tensor]]] = {"ours": ours, "naive": plain}
+    named = _alternatives(device, ours, plain)
     named["bare GEMM"] = lambda hidden, weight: [hidden @ weight.t()]
     if (liger := _liger("transformers", "LigerFusedLinearCrossEntropyLoss", device)) is not None:
         named["Liger CE"] = lambda hidden, weight: [liger(reduction="none")(weight, hidden, targets)]
@@ -244,9 +292,10 @@ def _logprob(device: torch.device, tokens: int, vocab: int, width: int) -> Case:
         [inputs[0][:64], inputs[1]],
     )
 
-    return Case(
-        "linear_logprob", f"{tokens} x {width} x {vocab}", _forms(named, inputs), 2.0 * tokens * vocab * width,
-        "TFLOP/s", {"ours": few},
+    gemm = 2.0 * tokens * vocab * width  # of the bare product; its gradients are two more
+    return _case(
+        "linear_logprob", f"{tokens} x {width} x {vocab}", named, inputs, _work(gemm, 2 * gemm), "TFLOP/s",
+        {"ours": few},
     )  # fmt: skip
 
 
@@ -263,9 +312,9 @@ def _swiglu(device: torch.device, rows: int, width: int) -> Case:
     named = _alternatives(device, ours, plain)
     if (liger := _liger("ops.swiglu", "LigerSiLUMulFunction", device)) is not None:
         named["Liger"] = lambda x: [liger.apply(*x.chunk(2, -1))]
-    moved = 3 * rows * width * inputs[0].element_size()
-    return Case(
-        "swiglu", f"{rows} x {width}", _forms(named, inputs), moved, "GB/s",
+    moved = rows * width * inputs[0].element_size()
+    return _case(
+        "swiglu", f"{rows} x {width}", named, inputs, _work(3 * moved, 5 * moved), "GB/s",
         {"ours": _beside(ours, plain, inputs)},
     )  # fmt: skip
 
@@ -284,9 +333,13 @@ def _rope(device: torch.device, tokens: int, heads: int, dim: int) -> Case:
         return [rope(x, cos, sin, positions)]
 
     named = _alternatives(device, ours, plain)
-    moved = 2 * inputs[0].numel() * inputs[0].element_size()
-    return Case(
-        "rope", f"{tokens} x {heads} x {dim}", _forms(named, inputs), moved, "GB/s",
+    if (liger := _liger("ops.rope", "LigerRopeFunction", device)) is not None:
+        # It turns queries and keys together, in place and without positions: half of the heads are each.
+        angles = [torch.cat((table, table), -1)[None].to(inputs[0].dtype) for table in (cos, sin)]
+        named["Liger"] = lambda x: liger.apply(*x[None].transpose(1, 2).chunk(2, 1), *angles)
+    moved = 2.0 * inputs[0].numel() * inputs[0].element_size()
+    return _case(
+        "rope", f"{tokens} x {heads} x {dim}", named, inputs, _work(moved, moved), "GB/s",
         {"ours": _beside(ours, plain, inputs)},
     )  # fmt: skip
 
@@ -314,10 +367,16 @@ def _gae(device: torch.device, rows: int, length: int) -> Case:
         first = (x[: 2 * length].cpu() for x in (rewards, values))
         return [ours(2)[0].cpu()], [naive(*first)]
 
+    def in_torch() -> object:
+        with dispatch.use("torch"):
+            return ours()
+
     forms: dict[str, Run] = {"ours": ours}
-    if device.type != "cuda":
+    if device.type == "cuda":
+        forms["torch"] = in_torch  # one step a time index over all rows; the loop over tokens would take minutes
+    else:
         forms["naive"] = lambda: naive(rewards, values)
-    return Case("gae", f"{rows} x {length}", forms, 16.0 * rows * length, "GB/s", {"ours": verify})
+    return Case("gae", f"{rows} x {length}", forms, _work(16.0 * rows * length, 0.0), "GB/s", {"ours": verify})
 
 
 def _value(device: torch.device, tokens: int, width: int) -> Case:
@@ -334,8 +393,8 @@ def _value(device: torch.device, tokens: int, width: int) -> Case:
 
     named = _alternatives(device, ours, plain)
     moved = tokens * width * inputs[0].element_size()
-    return Case(
-        "value_head", f"{tokens} x {width}", _forms(named, inputs), moved, "GB/s",
+    return _case(
+        "value_head", f"{tokens} x {width}", named, inputs, _work(moved, 2 * moved), "GB/s",
         {"ours": _beside(ours, plain, inputs)},
     )  # fmt: skip
 
@@ -354,9 +413,10 @@ def _reward(device: torch.device, rows: int, length: int, width: int) -> list[Ca
         whole = wide * (wide.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.float()
         return [(whole @ weight.float())[last]]
 
-    head = Case(
-        "reward_head", f"{rows} x {length} x {width}", _forms({"ours": ours, "naive": plain}, inputs),
-        2.0 * rows * width * inputs[0].element_size(), "GB/s", {"ours": _beside(ours, plain, inputs)},
+    read = float(rows * width * inputs[0].element_size())  # the last tokens; the gradient is of all tokens
+    head = _case(
+        "reward_head", f"{rows} x {length} x {width}", _alternatives(device, ours, plain), inputs,
+        _work(read, read + read * length), "GB/s", {"ours": _beside(ours, plain, inputs)},
     )  # fmt: skip
 
     def ranked(scores: Tensor) -> Sequence[Tensor]:
@@ -367,8 +427,8 @@ def _reward(device: torch.device, rows: int, length: int, width: int) -> list[Ca
         losses = torch.nn.functional.softplus(-gaps).triu(1)  # ranks rise within a group
         return [losses.sum((1, 2)).div(6).sum()]
 
-    ranking = Case(
-        "ranking_loss", f"{rows} rows of 4", _forms(_alternatives(device, ranked, pairs), [scores]), 32.0 * rows,
-        "GB/s", {"ours": _beside(ranked, pairs, [scores])},
+    ranking = _case(
+        "ranking_loss", f"{rows} rows of 4", _alternatives(device, ranked, pairs), [scores],
+        _work(40.0 * rows, 28.0 * rows), "GB/s", {"ours": _beside(ranked, pairs, [scores])},
     )  # fmt: skip
     return [head, ranking]

@@ -10,19 +10,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kernels.fingerprint import entry_hash
+from kernels.fingerprint import timing_hash
 from kernels.resources import by_label
 
 FOLDER = Path(__file__).parent.parent / "docs" / "timings"
 
 
 def stale(record: Mapping[str, Any]) -> list[str]:
-    """Kernels of a timing record whose source or blocks have changed since it was measured."""
+    """Kernels of a timing record whose source, blocks or host code have changed since it was measured."""
     catalogue = by_label()
     found = []
     for label, measured in record["hashes"].items():
         entry = catalogue.get(label)
-        if entry is None or entry_hash(entry, record["arch"]) != measured:
+        if entry is None or timing_hash(entry, record["arch"]) != measured:
             found.append(label)
     return found
 

@@ -32,7 +32,7 @@ def attention(
     Args:
         q_THD: [T, H, D] queries, fp16, bf16, fp32 (CPU also fp64); any stride (but on D, 1 saves a copy).
         k_SKD, v_SKD: [S, K, D] keys and values; K divides H, query head h reads key head h // (H / K).
-        cu_seqlens_q: [sequences + 1] int32, where each sequence starts in T, and T.  None: dense input, q is
+        cu_seqlens_q: [sequences + 1] int32 or int64, where each sequence starts in T, and T.  None: dense input, q is
             [B, T, H, D] and k, v are [B, S, K, D].
         cu_seqlens_k: the same for S; None: cu_seqlens_q.
         causal: a query sees the keys up to its own position.  By default the last query of a sequence stands at the

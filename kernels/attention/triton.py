@@ -134,7 +134,7 @@ def attention_forward(
     WINDOW: tl.constexpr, HAS_SLOTS: tl.constexpr, SEQUENCES: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0) % HEADS
+    head = (tl.program_id(0) % HEADS).to(tl.int64)  # of a head-major tensor, head times stride is large
     # Later tiles of a causal sequence see more keys: they start first.
     tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // HEADS
     sequence, block = _find_tile(ends_q_ptr, num_sequences, tile, BM, SEQUENCES)
@@ -171,7 +171,7 @@ def attention_forward(
     out = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     place = (token[:, None] * HEADS + head) * D + dim[None, :]
     tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(lse_ptr + head.to(tl.int64) * num_tokens + token, lse, mask=row < num_q)
+    tl.store(lse_ptr + head * num_tokens + token, lse, mask=row < num_q)
 
 
 @triton.jit
@@ -269,7 +269,7 @@ def attention_dkdv(
     WINDOW: tl.constexpr, HAS_SLOTS: tl.constexpr, SEQUENCES: tl.constexpr, CHUNK: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    kv_head = tl.program_id(0) % (HEADS // GROUP)
+    kv_head = (tl.program_id(0) % (HEADS // GROUP)).to(tl.int64)
     sequence, block = _find_tile(ends_k_ptr, num_sequences, tl.program_id(0) // (HEADS // GROUP), BN, SEQUENCES)
     if sequence >= num_sequences:
         return
@@ -295,7 +295,7 @@ def attention_dkdv(
         head = kv_head * GROUP + member
         q_base = q_ptr + first_q * stride_qt + head * stride_qh
         dout_base = dout_ptr + (first_q * HEADS + head) * D
-        rows = head.to(tl.int64) * num_tokens + first_q
+        rows = head * num_tokens + first_q
         if CAUSAL:
             dk, dv = _backward_queries(
                 dk, dv, k, v, q_base, dout_base, lse_ptr + rows, delta_ptr + rows, slot_ptr + first_q, stride_qt,
@@ -343,7 +343,7 @@ def attention_dq(
     WINDOW: tl.constexpr, HAS_SLOTS: tl.constexpr, SEQUENCES: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0) % HEADS
+    head = (tl.program_id(0) % HEADS).to(tl.int64)  # of a head-major tensor, head times stride is large
     tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // HEADS
     sequence, block = _find_tile(ends_q_ptr, num_sequences, tile, BM, SEQUENCES)
     if sequence >= num_sequences:
@@ -364,7 +364,7 @@ def attention_dq(
     place = (token[:, None] * HEADS + head) * D + dim[None, :]
     q = tl.load(q_ptr + token[:, None] * stride_qt + head * stride_qh + dim[None, :], mask=inside, other=0.0)
     dout = tl.load(dout_ptr + place, mask=inside, other=0.0)
-    rows = head.to(tl.int64) * num_tokens + token
+    rows = head * num_tokens + token
     lse = tl.load(lse_ptr + rows, mask=row < num_q, other=0.0) * LOG2E
     delta = tl.load(delta_ptr + rows, mask=row < num_q, other=0.0)
     k_base = k_ptr + k_start.to(tl.int64) * stride_kt + (head // GROUP) * stride_kh
@@ -386,11 +386,11 @@ def decode_split(
     q_ptr, k_ptr, v_ptr, length_ptr, part_ptr, lse_ptr, stride_qr, stride_qh, stride_kr, stride_ks, stride_kh,
     stride_vr, stride_vs, stride_vh, num_splits, capacity, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, MEMBERS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    WINDOW: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
+    WINDOW: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """All query heads of one key head of one row, against CHUNK keys of the cache."""
     row = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     num_k = tl.minimum(tl.load(length_ptr + row), capacity).to(tl.int32)  # never read the next row's cache
     member = tl.arange(0, MEMBERS)
@@ -408,7 +408,7 @@ def decode_split(
         acc, total, highest, q, k_ptr + row * stride_kr + kv_head * stride_kh,
         v_ptr + row * stride_vr + kv_head * stride_vh, stride_ks, stride_vs, low,
         tl.minimum(split * CHUNK + CHUNK, num_k), tl.full((MEMBERS,), 0, tl.int32) + num_k - 1, num_k, scale * LOG2E,
-        D, BD, BN, False, WINDOW, True, False, PRECISION,
+        D, BD, BN, False, WINDOW, True, WIDE, PRECISION,
     )  # fmt: skip
     place = (row * (KV_HEADS * GROUP) + head) * num_splits + split
     tl.store(
@@ -449,6 +449,11 @@ def block_dim(dim: int) -> int:
 
 def _unit(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _int32(ends: Tensor) -> Tensor:
+    """Sequence ends as the kernels are compiled for: 64 bits would cost registers."""
+    return ends.to(torch.int32).contiguous()
 
 
 def _num_tiles(ends: Sequence[int] | None, total: int, num_sequences: int, block: int) -> int:
@@ -506,7 +511,7 @@ def forward(
     """out [T, H, D] and lse [H, T]; the arguments of ``zj::attention``."""
     _check(q, k, v)
     q, k, v = _unit(q), _unit(k), _unit(v)
-    cu_q, cu_k, slots = cu_q.contiguous(), cu_k.contiguous(), None if slots is None else slots.contiguous()
+    cu_q, cu_k, slots = _int32(cu_q), _int32(cu_k), None if slots is None else slots.contiguous()
     num_tokens, heads, _ = q.shape
     rows = cu_q.shape[0] - 1
     even = Registry.dense != "portable" and slots is None and window == 0 and _equal(ends_q) and _equal(ends_k)
@@ -542,7 +547,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v: one kernel for delta, one for dK and dV, one for dQ."""
     q, k, v, dout = _unit(q), _unit(k), _unit(v), dout.contiguous()
-    cu_q, cu_k, slots = cu_q.contiguous(), cu_k.contiguous(), None if slots is None else slots.contiguous()
+    cu_q, cu_k, slots = _int32(cu_q), _int32(cu_k), None if slots is None else slots.contiguous()
     num_tokens, heads, dim = q.shape
     delta = torch.empty_like(lse)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
@@ -585,7 +590,7 @@ def decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: 
         q, k, v, lengths.contiguous(), part, lse, q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3], splits,
         k.shape[1], scale, KV_HEADS=kv_heads, GROUP=heads // kv_heads,
         MEMBERS=max(16, triton.next_power_of_2(heads // kv_heads)), D=dim, BD=block_dim(dim), WINDOW=window,
-        PRECISION=_precision(q), **config,
+        WIDE=max(x.shape[1] * x.stride(1) for x in (k, v)) >= WIDE_FROM, PRECISION=_precision(q), **config,
     )  # fmt: skip
     launch(
         decode_combine, (rows * heads,), part, lse, out, splits, D=dim, BD=block_dim(dim),

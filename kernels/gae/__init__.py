@@ -28,7 +28,7 @@ def gae(
 
     Args:
         rewards_T, values_T: [T] float: the response tokens of all rows, end to end.
-        cu_seqlens: [R + 1] int32: where each row starts in T, and T.
+        cu_seqlens: [R + 1] int32 or int64: where each row starts in T, and T.
         gamma: discount a token, 0 .. 1.
         lam: GAE's lambda, 0 .. 1.
         bootstrap_R: [R]: the value after each row's last token; None: 0, the episode ends there.

@@ -55,7 +55,7 @@ def forward(
     config = configs.config("gae_scan", "", rewards_T.device)
     launch(
         gae_scan, (cu_seqlens.shape[0] - 1,),
-        rewards_T.contiguous(), values_T.contiguous(), cu_seqlens.to(rewards_T.device).contiguous(),
+        rewards_T.contiguous(), values_T.contiguous(), cu_seqlens.to(rewards_T.device, torch.int32).contiguous(),
         values_T if bootstrap_R is None else bootstrap_R.contiguous(), advantages, returns, gamma, lam,
         HAS_BOOTSTRAP=bootstrap_R is not None, **config,
     )  # fmt: skip

@@ -72,6 +72,11 @@ def rows_of(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
+def table_key(block: int, dtype: torch.dtype) -> str:
+    """Of the blocks for rows of this width and dtype."""
+    return f"{block}/fp32" if dtype == torch.float32 else str(block)
+
+
 def _check(x: Tensor) -> int:
     if x.shape[-1] > MAX_WIDTH:
         raise NotImplementedError(f"the Triton rms_norm takes widths up to {MAX_WIDTH}, got {x.shape[-1]}")
@@ -87,7 +92,7 @@ def forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
     other = flat if residual is None else rows_of(residual)
     y, rstd = x.new_empty(x.shape), x.new_empty(flat.shape[0], dtype=torch.float32)
     total = y if residual is None else x.new_empty(x.shape)
-    config = configs.config("rms_norm_forward", str(block), x.device)
+    config = configs.config("rms_norm_forward", table_key(block, x.dtype), x.device)
     launch(
         rms_norm_forward, (triton.cdiv(flat.shape[0], config["ROWS"]),),
         flat, other, weight.contiguous(), y, total, rstd, flat.stride(0), other.stride(0), *flat.shape, eps,
@@ -101,7 +106,7 @@ def backward(dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, rstd: T
     block = _check(x)
     flat = rows_of(x)
     num_rows, width = flat.shape
-    config = configs.config("rms_norm_backward", str(block), x.device)
+    config = configs.config("rms_norm_backward", table_key(block, x.dtype), x.device)
     rows_each = triton.cdiv(triton.cdiv(num_rows, PROGRAMS), config["ROWS"]) * config["ROWS"]
     programs = triton.cdiv(num_rows, rows_each) if num_rows else 0
     dx, partial = x.new_empty(x.shape), x.new_empty((programs, width), dtype=torch.float32)

@@ -129,13 +129,68 @@ def test_benchmark_checks_and_times_every_form_and_writes_json(
     assert len(bars) == len(json.loads(out.read_text(encoding="utf-8"))["timings"])
     record = json.loads(out.read_text(encoding="utf-8"))
     forms = {(row["op"], row["form"]) for row in record["timings"]}
-    assert {("rms_norm", "ours both"), ("linear_logprob", "naive forward"), ("attention", "ours forward")} <= forms
+    assert {("rms_norm", "ours both"), ("linear_logprob", "naive forward"), ("attention", "ours forward"),
+            ("rms_norm", "ours backward"), ("attention", "naive backward")} <= forms  # fmt: skip
     assert all(row["milliseconds"] > 0 and row["percent"] is None for row in record["timings"])
     beside = {(row["op"], row["way"], row["rival"]): row for row in record["side by side"]}
     row = beside["linear_logprob", "forward", "naive"]
     assert row["times_faster"] == pytest.approx(row["milliseconds"][1] / row["milliseconds"][0])
     assert row["times_less_memory"] == pytest.approx(row["peak_mib"][1] / row["peak_mib"][0])
     assert "linear_logprob" in capsys.readouterr().out
+
+
+def test_a_backward_pass_is_timed_over_a_graph_that_was_built_before() -> None:
+    calls: list[str] = []
+
+    def form(x: torch.Tensor) -> list[torch.Tensor]:
+        calls.append("forward")
+        return [_Noted.apply(x, calls)]
+
+    case = shapes._case("gae", "", {"ours": form}, [torch.ones(3)], shapes._work(2e6, 5e6), "GB/s", {})
+    timings = {timing.form: timing for timing in bench.time_case(replace(case, forms={}), bench.Stopwatch(CPU, 3), {})}
+    assert calls == ["forward", *["backward"] * 6]  # two warm runs, three timed ones, one for its memory
+    only = timings["ours backward"]
+    assert only.rate == pytest.approx(5.0 / only.milliseconds)
+
+
+class _Noted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, calls: list[str]) -> torch.Tensor:
+        ctx.calls = calls
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        ctx.calls.append("backward")
+        return grad, None
+
+
+def test_each_pass_is_rated_by_its_own_work() -> None:
+    cases = {case.op: case for case in [shapes._attention(CPU, 2, 16, 4, 2, 8, packed=False), shapes._norm(CPU, 8, 16),
+                                        shapes._logprob(CPU, 8, 32, 16), shapes._swiglu(CPU, 8, 16)]}  # fmt: skip
+    forward = 2 * 2 * 4 * 2 * 8 * 16 * 16 / 2  # two products of 2 rows, 4 heads, half of 16 x 16
+    assert cases["attention"].work == {
+        "": forward,
+        "forward": forward,
+        "backward": 2.5 * forward,
+        "both": 3.5 * forward,
+    }
+    assert (cases["rms_norm"].work["forward"], cases["rms_norm"].work["backward"]) == (4 * 8 * 16 * 4, 4 * 8 * 16 * 4)
+    assert cases["linear_logprob"].work["both"] == 3 * 2 * 8 * 32 * 16
+    assert (cases["swiglu"].work["forward"], cases["swiglu"].work["backward"]) == (3 * 8 * 16 * 4, 5 * 8 * 16 * 4)
+
+
+def test_passes_are_compared_with_the_same_pass() -> None:
+    took = {
+        "ours forward": 1.0,
+        "ours backward": 2.0,
+        "naive backward": 6.0,
+        "bare GEMM both": 4.0,
+        "naive forward": 5.0,
+    }
+    timings = [bench.Timing("gae", "", form, time, 1.0, "GB/s", None, 1.0) for form, time in took.items()]
+    found = {(c.rival, c.way): c.times_faster for c in bench.side_by_side(timings)}
+    assert found == {("naive", "backward"): 3.0, ("naive", "forward"): 5.0}
 
 
 def test_peak_memory_on_a_cpu_is_that_of_the_tensors_alive_at_once() -> None:

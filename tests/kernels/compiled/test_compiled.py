@@ -6,6 +6,7 @@ A process of its own: ``python -m kernels.check compile``.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ import triton
 
 from kernels import configs, resources, staleness, tune
 from kernels.catalogue import entries
-from kernels.fingerprint import entry_hash, source_hash
+from kernels.fingerprint import host_hash, source_hash, timing_hash
 from kernels.resources import ALL, BLOCKING, Job, Row
 
 SHORT: list[Job] = [
@@ -90,9 +91,21 @@ def test_another_kind_of_tensor_core_instruction_breaks_the_promise(arch: str, l
     assert "the tensor-core instruction promised" in broken
 
 
-def test_every_kernel_of_the_tables_is_compiled() -> None:
-    for arch in BLOCKING:
-        assert set(configs.TABLES[arch]) == {entry.name for entry in entries() if arch in entry.only}
+@pytest.mark.parametrize("arch", sorted(configs.TABLES.keys() - {"interpreter"}))
+def test_every_entry_of_the_tables_is_compiled(arch: str) -> None:
+    there = {(kernel, key) for kernel, table in configs.TABLES[arch].items() for key in table}
+    used = {(e.name, configs.resolve(arch, e.name, e.key)) for e in entries() if arch in e.only}
+    assert there == used
+
+
+def test_both_widths_of_numbers_are_compiled_for_every_head_size_and_row_width() -> None:
+    keys: dict[str, set[str]] = {}
+    for entry in entries():
+        keys.setdefault(entry.name, set()).add(entry.key)
+    for name in ("rms_norm_forward", "rms_norm_backward"):
+        assert keys[name] == {f"{width}{dtype}" for width in configs.WIDTHS for dtype in ("", "/fp32")}
+    for name in ("attention_forward", "attention_dkdv", "attention_dq", "decode_split"):
+        assert keys[name] >= {f"{dim}{dtype}" for dim in (64, 80, 96, 128, 256) for dtype in ("", "/fp32")}
 
 
 def test_hash_follows_the_source_of_what_a_kernel_calls() -> None:
@@ -111,7 +124,7 @@ def test_hash_follows_the_source_of_what_a_kernel_calls() -> None:
 
 
 def test_a_published_timing_is_stale_once_its_kernel_has_changed(tmp_path: Path) -> None:
-    hashes = {entry.label: entry_hash(entry, "sm_90") for entry in entries()}
+    hashes = {entry.label: timing_hash(entry, "sm_90") for entry in entries()}
     record = {"arch": "sm_90", "hashes": hashes}
     assert staleness.stale(record) == []
     record["hashes"] = {**hashes, "gae_scan": "0" * 16, "a kernel that is gone": "1" * 16}
@@ -119,6 +132,17 @@ def test_a_published_timing_is_stale_once_its_kernel_has_changed(tmp_path: Path)
     assert "nothing has been measured" in staleness.summary(tmp_path)
     (tmp_path / "h200.json").write_text(json.dumps(record), encoding="utf-8")
     assert staleness.summary(tmp_path) == "h200.json: STALE for gae_scan, a kernel that is gone"
+
+
+def test_a_timing_is_stale_once_the_code_that_launches_its_kernel_has_changed(tmp_path: Path) -> None:
+    op = tmp_path / "linear_logprob"
+    shutil.copytree(Path(configs.__file__).parent / "linear_logprob", op)
+    before, text = host_hash(op), (op / "triton.py").read_text(encoding="utf-8")
+    (op / "triton.py").write_text(f"# a remark\n{text}", encoding="utf-8")
+    (op / "reference.py").write_text("", encoding="utf-8")
+    assert host_hash(op) == before
+    (op / "triton.py").write_text(text.replace("CHUNK_ROWS = 8192", "CHUNK_ROWS = 4096"), encoding="utf-8")
+    assert host_hash(op) != before
 
 
 def test_tuning_drops_blocks_that_spill(monkeypatch: pytest.MonkeyPatch) -> None:

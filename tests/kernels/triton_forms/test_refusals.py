@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -57,6 +59,46 @@ def test_rows_that_share_a_last_token_share_its_gradient() -> None:
             scores = reward_head(leaf, last, weight, norm_weight_D=norm)
             found.append(torch.autograd.grad(scores, leaf, slope)[0])
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", ["attention", "gae"])
+def test_sequence_ends_of_64_bits_reach_the_kernels_as_32(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    form, seen = dispatch.triton_form(op), []
+    original = form.launch
+
+    def spy(kernel: Any, grid: Any, *args: Any, **meta: Any) -> None:
+        seen.extend(x.dtype for x in args if isinstance(x, torch.Tensor) and not x.is_floating_point())
+        original(kernel, grid, *args, **meta)
+
+    monkeypatch.setattr(form, "launch", spy)
+    cu = ends((5, 3)).to(DEVICE, torch.int64)
+    q = normal(8, 2, 16, dtype=torch.float32).to(DEVICE).requires_grad_()
+    with dispatch.use("triton"):
+        if op == "gae":
+            gae(*(torch.zeros(8, device=DEVICE),) * 2, cu, gamma=1.0, lam=1.0)
+        else:
+            attention(q, q, q, cu)[0].sum().backward()
+    assert set(seen) == {torch.int32}
+
+
+def test_a_head_beyond_two_to_the_31_is_found() -> None:
+    far = 1 << 30  # from one head to the next: the third is 2^31 numbers away
+    memory = torch.from_numpy(numpy.zeros(2 * far + 64, numpy.float16)).to(DEVICE)  # a CPU gives only the touched pages
+    q = memory.as_strided((4, 3, 16), (16, far, 1))
+    q.copy_(normal(4, 3, 16, dtype=torch.float32))
+    k, cu = normal(4, 3, 16, dtype=torch.float32, seed=1).to(DEVICE, torch.float16), ends((4,)).to(DEVICE)
+    dout = normal(4, 3, 16, dtype=torch.float32, seed=2).to(DEVICE, torch.float16)
+    found = []
+    with dispatch.use("triton"):
+        for query, key in ((q, k), (k, q)):
+            for one, other in ((query, key), (query.contiguous(), key.contiguous())):
+                out, lse = attention(one, other, other, cu)
+                grads = dispatch.triton_form("attention").backward(
+                    dout, one, other, other, out, lse, cu, cu, None, [0, 4], [0, 4], 0.25, True, 0
+                )
+                found.append((out, lse, *grads))
+            for near, whole in zip(*found[-2:], strict=True):
+                assert torch.equal(near, whole)
 
 
 def test_backward_is_bit_for_bit_repeatable() -> None:
