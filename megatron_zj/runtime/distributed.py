@@ -73,6 +73,12 @@ def session(device: Literal["auto", "cpu", "cuda"], timeout_seconds: int) -> Ite
         warnings.filterwarnings("ignore", message=message)
     store, place = _rendezvous(timeout_seconds)
     process = _join(store, place, device, timeout_seconds)
+    if place.rank == 0 and _would_not_rejoin(place):
+        warnings.warn(
+            "several nodes under torchrun: a node that dies and comes back hangs the others with torch 2.13, unless "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is set on every node before torchrun starts (launch/env.sh does)",
+            stacklevel=3,
+        )
     own_connection: Store = store.clone()  # type: ignore[attr-defined]
     heartbeat = Heartbeat(
         PrefixStore("activity", own_connection), process.rank, process.world_size, process.activity, timeout_seconds
@@ -160,6 +166,12 @@ def _place() -> _Place:
         world_size=world_size,
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
     )
+
+
+def _would_not_rejoin(place: _Place) -> bool:
+    """Whether torchrun's agents share the store of their first rendezvous, in a run of several nodes."""
+    several = place.local_world_size < place.world_size and "TORCHELASTIC_RUN_ID" in os.environ
+    return several and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1"
 
 
 def _rendezvous(timeout_seconds: int) -> tuple[Store, _Place]:

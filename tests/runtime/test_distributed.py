@@ -273,3 +273,24 @@ def test_a_device_that_cannot_be_had_is_explained(
     with pytest.raises(StartError, match=message):
         _start(device, 5)
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("local", "launcher", "own_store", "warned"),
+    [
+        (2, True, None, True),
+        (2, True, "0", True),
+        (2, True, "1", False),
+        (4, True, None, False),
+        (2, False, "0", False),
+    ],
+)
+def test_nodes_that_could_not_rejoin_are_warned_of(
+    monkeypatch: pytest.MonkeyPatch, local: int, launcher: bool, own_store: str | None, warned: bool
+) -> None:
+    values = {"TORCHELASTIC_RUN_ID": "1" if launcher else None, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": own_store}
+    for name, value in values.items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert distributed._would_not_rejoin(distributed._Place(0, 0, 4, local)) is warned
