@@ -57,7 +57,6 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, engine: Eng
             "chunk; change it or the layout"
         )
     dtype = DTYPES[engine.precision]
-    te = model.kernels == "te"
     return LlamaConfig(
         kernels=model.kernels,
         num_layers=model.num_layers,
@@ -98,7 +97,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, engine: Eng
         apply_rope_fusion=False,
         persist_layer_norm=False,
         cross_entropy_loss_fusion=False,
-        transformer_impl="transformer_engine" if te else "local",
+        transformer_impl="transformer_engine" if model.kernels == "te" else "local",
         fp8=None if model.fp8 == "none" else model.fp8,
         # Scales of each tensor as it is.  The default, delayed scaling, agrees on a history of scales over all ranks
         # after each micro-batch, and ours are not equally many on all ranks: it would hang.
