@@ -125,7 +125,9 @@ def test_the_penalty_for_a_missing_eos_is_the_same(iteration: Iteration, monkeyp
     config = PPOConfig(missing_eos_penalty=iteration.options["missing_eos_penalty"], whiten_scores=False)
     lengths, unended = torch.tensor(iteration.lengths), torch.tensor([0, 7])
     truncated = torch.zeros(len(lengths), dtype=torch.bool).index_fill(0, unended, True)
-    samples = Batch(iteration.mask(iteration.lengths), {}, {"truncated": truncated})
+    tokens = iteration.mask(iteration.lengths)
+    tokens = tokens.replace(torch.arange(len(tokens.values)))  # no two answers are the same
+    samples = Batch(tokens, {}, {"truncated": truncated})
     ours = shaping.Shaping(config, shaping.ScoreScale(), str)(iteration["raw_scores"], samples)
     _close(ours, iteration["scores"])
 
