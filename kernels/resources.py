@@ -30,11 +30,11 @@ SPILL_BUDGET: Mapping[tuple[str, str], tuple[int, str]] = {
     ("sm_90", "attention_dkdv[80]"): (4, "as 128, whose blocks they are"),
     ("sm_90", "attention_dkdv[96]"): (4, "as 128, whose blocks they are"),
     ("sm_90", "attention_dkdv[128, slots]"): (32, "as 128; the queries' places and their mask take more registers"),
-    ("sm_90", "attention_dkdv[128, window]"): (36, "as 128; both ends of a window are masked"),
+    ("sm_90", "attention_dkdv[128, window]"): (38, "as 128; both ends of a window are masked"),
 }
 # The same for every kernel of an architecture whose blocks nobody has chosen yet.
 UNTUNED: Mapping[str, tuple[int, str]] = {
-    "sm_100": (224, "sm_90's blocks, until a device has been measured"),
+    "sm_100": (226, "sm_90's blocks, until a device has been measured"),
     "gfx942": (232, "sm_80's blocks, until a device has been measured"),
 }
 
