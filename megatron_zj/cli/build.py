@@ -18,7 +18,7 @@ from megatron_zj.checkpoint.errors import gather
 from megatron_zj.checkpoint.load import agreed_newest, load
 from megatron_zj.checkpoint.manifest import ManifestInfo
 from megatron_zj.checkpoint.retention import CHECKPOINTS
-from megatron_zj.checkpoint.save import Checkpointer
+from megatron_zj.checkpoint.save import Checkpointer, make_room
 from megatron_zj.checkpoint.shared import require_shared
 from megatron_zj.cli.sources import require_position, require_resumable, starting_checkpoints
 from megatron_zj.config import derived
@@ -190,6 +190,8 @@ def load_starting_weights(
         if name == "reward":
             state = load(folder, {})
             logger.info(require_head(built[name], state.get("head"), str(folder)))
+            if (engine := built[name].engine) is not None:
+                make_room(engine)
             scale = score_scale(config, state, folder)
     return scale
 

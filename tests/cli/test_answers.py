@@ -19,12 +19,13 @@ from megatron_zj.cli.inference import LoadedModel, compose_inference
 from megatron_zj.cli.main import main
 from megatron_zj.config.inference import GenerationConfig
 from megatron_zj.data.chat import Message, render_prompt
+from megatron_zj.data.tokenizer import load_tokenizer
 from megatron_zj.data.vocabulary import train_sentencepiece
 from megatron_zj.evaluation.attitudes import CAMI_SUBSCALES
 from megatron_zj.runtime.distributed import Process
 from tests.cli.commands import zj
 from tests.cli.conftest import train_argv
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import RankFailure, run_ranks
 
 QUESTIONS = ("头痛三天怎么办？", "孩子发热要不要去医院？", "咳嗽", "最近总是睡不好，心慌，还出汗，是什么原因？")
 
@@ -295,6 +296,20 @@ def test_a_stop_string_ends_an_answer_and_stays_in_it_on_every_layout(world: Pat
         assert (stop in full) == (stop in short)
         assert ended or stop not in short
     assert any(short != full for (short, _), (full, _) in zip(found, whole, strict=True))
+
+
+def test_a_stop_token_ends_an_answer_on_every_layout_and_a_wrong_one_is_refused(world: Path) -> None:
+    argv = [f"checkpoint.load={world / 'sft'}", "sampling.max_new_tokens=24", "run.seed=3"]
+    whole = run_ranks(1, _continuations, argv)[0][1]
+    tokenizer = load_tokenizer(world / "tokenizer")
+    stop = next(one for one in max(whole, key=len)[3:] if tokenizer.piece(one).isalnum())
+    named = [*argv, f"sampling.stop_tokens=['{tokenizer.piece(stop)}']"]
+    short = [row[: row.index(stop) + 1] if stop in row else row for row in whole]
+    assert short != whole
+    assert run_ranks(1, _continuations, named)[0][1] == short
+    assert run_ranks(2, _continuations, [*named, "parallel.tp=2"])[0][1] == short
+    with pytest.raises(RankFailure, match=r"sampling\.stop_tokens: '<nobody>' is no token of the tokenizer"):
+        run_ranks(1, _continuations, [*argv, "sampling.stop_tokens=['<nobody>']"])
 
 
 def _greedy(folder: Path, prompt: list[int], count: int) -> list[int]:
