@@ -146,8 +146,9 @@ class Heartbeat:
                 }
             self._find(verdict_of=lost)
             if self._verdict is None or self._verdict[1] == self._rank:
-                found = "every rank still answers" if self._verdict is None else self._verdict[0]
-                return f"{found}; {standing({rank: beat.phase for rank, beat in self._read_all().items()})}", True
+                beats = self._read_all()
+                found = f"every rank still answers; {_longest(beats)}" if self._verdict is None else self._verdict[0]
+                return f"{found}; {standing({rank: beat.phase for rank, beat in beats.items()})}", True
         except RuntimeError:
             if self._verdict is None:
                 return f"the store, which rank 0 may host, does not answer; {_sentence(0, self._last_of_rank_0)}", True
@@ -254,6 +255,12 @@ def _own_signals() -> None:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _release_sigterm()
+
+
+def _longest(beats: Mapping[int, Beat]) -> str:
+    """The ranks that have been in their phase for longest: one that hangs is among them."""
+    first = sorted(beats, key=lambda rank: beats[rank].since - beats[rank].sent)[:_MAX_PHASES]
+    return "; ".join(_sentence(rank, beats[rank]) for rank in sorted(first))
 
 
 def standing(phases: Mapping[int, str]) -> str:

@@ -272,4 +272,4 @@ def test_the_command_line_says_in_one_line_what_is_wrong(tmp_path: Path, capsys:
     assert entry("convert", ["--from", str(tmp_path), "--to", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"error: {tmp_path} is no complete checkpoint")
-    assert "give a step_* folder" in said
+    assert "it is empty; give a run that has ended, or one of its step_* folders" in said
