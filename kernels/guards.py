@@ -36,10 +36,12 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def guarded(ctx: Any, *grads: Tensor) -> Any:
+        if not torch.is_grad_enabled():  # every backward pass that is not made with create_graph
+            return backward(ctx, *grads)
         with torch.no_grad():
             found = backward(ctx, *grads)
         through = [x for x in (*grads, *ctx.saved_tensors) if x is not None and x.requires_grad]
-        if not (torch.is_grad_enabled() and through):
+        if not through:
             return found
         if isinstance(found, Tensor):
             return _Refused.apply(found, *through)
