@@ -12,7 +12,9 @@ from torch import Tensor
 
 from kernels import dispatch
 
+# Checks are made at every call of an op: what they say is put into words only where they fail.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
 
 
 def require(condition: bool, message: str) -> None:
@@ -28,21 +30,24 @@ def given(**tensors: Tensor | None) -> dict[str, Tensor]:
 
 def require_tensor(tensor: object, name: str) -> None:
     """A tensor, and not a list of numbers or None."""
-    require(isinstance(tensor, Tensor), f"{name} must be a tensor, got {type(tensor).__name__}")
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
 
 
 def require_float(**tensors: Tensor) -> None:
     """Each is a tensor of fp16, bf16, fp32 or fp64."""
     for name, tensor in tensors.items():
         require_tensor(tensor, name)
-        require(tensor.dtype in FLOATS, f"{name} must be a float tensor, got {tensor.dtype}")
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{name} must be a float tensor, got {tensor.dtype}")
 
 
 def require_integer(**tensors: Tensor) -> None:
     """Each is a tensor of int32 or int64."""
     for name, tensor in tensors.items():
         require_tensor(tensor, name)
-        require(tensor.dtype in (torch.int32, torch.int64), f"{name} must be int32 or int64, got {tensor.dtype}")
+        if tensor.dtype not in INTEGERS:
+            raise ValueError(f"{name} must be int32 or int64, got {tensor.dtype}")
 
 
 def require_same_device(**tensors: Tensor | None) -> None:
@@ -78,10 +83,8 @@ def host_ends(cu_seqlens: Tensor, ends: Sequence[int] | None, total: int, name: 
     None where a tensor has no numbers to read: while a graph is captured or traced.  Raises ValueError where they are
     known and do not rise from 0 to ``total``.
     """
-    require(
-        cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1,
-        f"{name} must be [sequences + 1], got {list(cu_seqlens.shape)}",
-    )
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{name} must be [sequences + 1], got {list(cu_seqlens.shape)}")
     if ends is None:
         if not _readable(cu_seqlens):
             return None
@@ -89,7 +92,8 @@ def host_ends(cu_seqlens: Tensor, ends: Sequence[int] | None, total: int, name: 
     known = list(ends)
     require(len(known) == cu_seqlens.shape[0], f"{name} has {cu_seqlens.shape[0]} ends, its host copy {len(known)}")
     rising = known[0] == 0 and all(a <= b for a, b in itertools.pairwise(known))
-    require(rising and known[-1] == total, f"{name} must rise from 0 to the {total} tokens given, got {known}")
+    if not rising or known[-1] != total:
+        raise ValueError(f"{name} must rise from 0 to the {total} tokens given, got {known}")
     return known
 
 
@@ -107,6 +111,10 @@ def require_within(index: Tensor, limit: int, name: str, counted: Tensor | None 
     """
     if index.device.type != "cpu" or not _readable(index):
         return
+    if counted is None and index.numel():
+        low, high = torch.aminmax(index)
+        if int(low) >= 0 and int(high) < limit:
+            return
     wrong = (index < 0) | (index >= limit)
     if counted is not None:
         wrong &= counted
