@@ -24,7 +24,7 @@ from kernels.attention import attention, decode_attention
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope_tables, split_rope
 from kernels.swiglu import swiglu
-from megatron_zj.engine.decode_graphs import CudaGraph, Graph, StepGraphs, why_eager
+from megatron_zj.engine.decode_graphs import Graph, StepGraphs, graphs_of, why_eager
 from megatron_zj.engine.engine import Engine
 from megatron_zj.models.rotary import rotary_frequencies
 from megatron_zj.models.transformer_config import kernel_backend
@@ -69,7 +69,7 @@ class Decoder:
             self.why_eager = why_eager(self.groups, weight) if graphs else "they are switched off"
         self._padded: StepGraphs | None = None
         if self.device.type == "cuda" and self.groups.pp_size == 1:
-            self.pad_steps(CudaGraph if self.why_eager is None else None)
+            self.pad_steps(graphs_of(self.groups) if self.why_eager is None else None)
 
     def pad_steps(self, new_graph: Callable[[], Graph] | None) -> None:
         """Run steps in buckets of rows, through graphs made by ``new_graph`` (None: without)."""

@@ -5,15 +5,20 @@ and its rows are padded to a bucket (a power of two, or all slots), one graph a 
 of a slot that no row lives in and attends to that alone; nobody reads its logits.  A bucket's first step runs as it is,
 which compiles and warms up everything; the second is captured; the others are replays.
 
+Tensor-parallel ranks decode the same rows, so they warm up, capture and replay the same buckets at the same steps,
+their NCCL collectives included.  The process group neither watches nor times out what is replayed: ``CudaGraph`` does.
+
 B: active rows; V: vocabulary.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from kernels import dispatch
@@ -35,17 +40,31 @@ class Graph(Protocol):
 class CudaGraph:
     """``torch.cuda.CUDAGraph``, its memory from a pool of its own."""
 
-    def __init__(self) -> None:
-        self._graph = torch.cuda.CUDAGraph()
+    def __init__(self, timeout_seconds: float | None = None) -> None:
+        """``timeout_seconds``: how long a replay may wait for the other ranks of its collectives; None: it has none."""
+        self._graph, self._timeout = torch.cuda.CUDAGraph(), timeout_seconds
 
     def capture(self, work: Callable[[], Tensor]) -> Tensor:
         """Record the kernels that ``work`` launches, without running them."""
-        with torch.cuda.graph(self._graph):
+        # NCCL's watchdog, a thread of its own, may go on asking for the collectives before this one.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             return work()
 
     def replay(self) -> None:
-        """Launch them."""
+        """Launch them.  Raises RuntimeError when the other ranks do not join."""
         self._graph.replay()
+        if self._timeout is not None:
+            done = torch.cuda.Event()
+            done.record()
+            await_ranks(done.query, self._timeout)
+
+
+def await_ranks(done: Callable[[], bool], timeout_seconds: float) -> None:
+    """Wait until ``done``, without sleeping: it is a matter of microseconds.  Raises RuntimeError after the timeout."""
+    deadline = time.monotonic() + timeout_seconds
+    while not done():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"timed out waiting {timeout_seconds:g} s for the NCCL collectives of a decoding step")
 
 
 def why_eager(groups: ParallelGroups, weight: Tensor) -> str | None:
@@ -56,9 +75,14 @@ def why_eager(groups: ParallelGroups, weight: Tensor) -> str | None:
         return "attention in torch operators reads its lengths on the host"
     if groups.pp_size > 1:
         return "pipeline stages wait for one another's hidden states on the host"
-    if groups.tp_size > 1:
-        return "tensor-parallel ranks would have to capture and replay their collectives in step"
+    if groups.tp_size > 1 and "cuda:nccl" not in dist.get_backend_config(groups.pgc.tp):
+        return "only NCCL's collectives can be captured"
     return None
+
+
+def graphs_of(groups: ParallelGroups) -> Callable[[], CudaGraph]:
+    """Makes the graphs of a model on these ranks."""
+    return lambda: CudaGraph(groups.timeout_seconds if groups.tp_size > 1 else None)
 
 
 class StepGraphs:

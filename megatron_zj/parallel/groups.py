@@ -47,6 +47,7 @@ class ParallelGroups:
     world: dist.ProcessGroup  # the whole placement
     coordinates: Mapping[str, int]  # of this rank, an axis each
     last_stage_rank: int  # global rank of the last stage of this rank's pipeline
+    timeout_seconds: float  # how long a collective waits
 
     @property
     def tp_size(self) -> int:
@@ -140,7 +141,7 @@ def create_groups(
             continue
         pgc = ProcessGroupCollection(**fields, hcp=None, inter_dist_opt=None)
         own = next(ranks for ranks in pipelines if rank in ranks)
-        result[name] = ParallelGroups(grid, parallels[name], pgc, world, coordinates, own[-1])
+        result[name] = ParallelGroups(grid, parallels[name], pgc, world, coordinates, own[-1], timeout_seconds)
     _share_memory_buffer()
     return result
 

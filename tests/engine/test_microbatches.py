@@ -21,7 +21,7 @@ lengths_lists = st.lists(st.integers(1, 20), max_size=9)
 def _groups(**axes: Any) -> ParallelGroups:
     parallel = ParallelConfig(**axes)
     grid = RankGrid.from_config(parallel, 0, parallel.model_size)
-    return ParallelGroups(grid, parallel, None, None, {"pp": 0, "dp": 0, "cp": 0, "tp": 0}, 0)  # type: ignore[arg-type]
+    return ParallelGroups(grid, parallel, None, None, {"pp": 0, "dp": 0, "cp": 0, "tp": 0}, 0, 60)  # type: ignore[arg-type]
 
 
 def _batch(lengths: list[int]) -> Batch:
@@ -74,7 +74,7 @@ def test_for_fp8_every_ranks_share_is_a_multiple_of_sixteen(axes: Any, lengths: 
 def test_outputs_come_back_in_row_order_at_the_tokens_own_index(lengths: list[int], budget: int) -> None:
     groups, batch = _groups(tp=2, sequence_parallel=True), _batch(lengths)
     micro = split(batch, groups, budget)
-    rows = rows_from_packs([packed.per_token["mark"] for packed in micro.packs], micro, batch, groups)
+    rows = rows_from_packs([packed.per_token["mark"] for packed in micro.packs], micro, groups)
     assert rows.lengths.tolist() == lengths
     for index, row in enumerate(rows.split()):
         assert row.tolist() == [0] + [100 * index + token for token in range(1, lengths[index])]

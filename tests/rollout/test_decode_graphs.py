@@ -31,10 +31,11 @@ from megatron_zj.config.sampling import SamplingConfig
 from megatron_zj.data.batch import Batch, Rows
 from megatron_zj.engine.build import build_engine
 from megatron_zj.engine.decode import Decoder
-from megatron_zj.engine.decode_graphs import bucket_of, why_eager
+from megatron_zj.engine.decode_graphs import CudaGraph, await_ranks, bucket_of, why_eager
 from megatron_zj.engine.engine import Engine
 from megatron_zj.roles.placement import build_placements
 from megatron_zj.rollout.generate import generate
+from megatron_zj.runtime.distributed import _is_collective_failure
 from tests.helpers.ranks import run_ranks
 
 MODEL = ModelConfig(
@@ -73,19 +74,24 @@ class Tape(TorchDispatchMode):
         self.replays += 1
         for func, args, kwargs, outputs in self.calls:
             found = func(*args, **kwargs)
+            if func.namespace == "c10d":
+                dist.Work.unbox(found[-1]).wait()
             for old, new in zip(outputs, _tensors(found), strict=True):
                 if old is not new:
                     old.copy_(new)
 
 
 def _tensors(found: Any) -> list[Tensor]:
-    return [value for value in (found if isinstance(found, (tuple, list)) else [found]) if torch.is_tensor(value)]
+    """Those in nested lists too, as collectives return them."""
+    if isinstance(found, (tuple, list)):
+        return [tensor for value in found for tensor in _tensors(value)]
+    return [found] if torch.is_tensor(found) else []
 
 
-def _engine(device: str) -> Engine:
-    groups = build_placements(ParallelConfig(), {}, {ALL}, 1, 60)[ALL].groups
+def _engine(device: str, model: ModelConfig = MODEL, tp: int = 1) -> Engine:
+    groups = build_placements(ParallelConfig(tp=tp), {}, {ALL}, tp, 60)[ALL].groups
     assert groups is not None
-    return build_engine(MODEL, "lm", groups, EngineConfig(), None, 1, torch.device(device), 3)
+    return build_engine(model, "lm", groups, EngineConfig(), None, 1, torch.device(device), 3)
 
 
 def _decode_all(decoder: Decoder) -> list[Tensor]:
@@ -111,8 +117,8 @@ def _decode_all(decoder: Decoder) -> list[Tensor]:
     return found
 
 
-def _stand_in() -> tuple[list[list[Any]], list[list[Any]], list[int]]:
-    engine, tapes = _engine("cpu"), list[Tape]()
+def _stand_in(model: ModelConfig, tp: int) -> tuple[list[list[Any]], list[list[Any]], list[int], list[str]]:
+    engine, tapes = _engine("cpu", model, tp), list[Tape]()
 
     def new_tape() -> Tape:
         tapes.append(Tape())
@@ -121,12 +127,16 @@ def _stand_in() -> tuple[list[list[Any]], list[list[Any]], list[int]]:
     eager, taped = (Decoder(engine, max_rows=5, max_tokens=32) for _ in range(2))
     taped.pad_steps(new_tape)
     expected, found = _decode_all(eager), _decode_all(taped)
-    return [t.tolist() for t in expected], [t.tolist() for t in found], [tape.replays for tape in tapes]
+    collectives = [func.name() for func, *_ in tapes[0].calls if func.namespace == "c10d"]
+    return [t.tolist() for t in expected], [t.tolist() for t in found], [tape.replays for tape in tapes], collectives
 
 
-def test_replayed_steps_give_the_logits_of_steps_one_by_one() -> None:
-    expected, found, replays = run_ranks(1, _stand_in)[0]
+@pytest.mark.parametrize("tp", [1, 2])
+def test_replayed_steps_give_the_logits_of_steps_one_by_one(tp: int) -> None:
+    expected, found, replays, collectives = run_ranks(tp, _stand_in, replace(MODEL, num_query_groups=tp), tp)[-1]
     assert len(expected) == 12
+    # the embedding's, two of each layer, the vocabulary's: recorded with the step
+    assert collectives == (["c10d::allreduce_"] * 5 + ["c10d::allgather_"] if tp > 1 else [])
     for step, (wanted, mine) in enumerate(zip(expected, found, strict=True)):
         assert len(mine) == len(wanted), step
         assert torch.allclose(torch.tensor(mine), torch.tensor(wanted), atol=1e-5), step
@@ -200,6 +210,32 @@ def test_where_there_are_no_graphs_the_reason_is_said() -> None:
     assert run_ranks(1, _reasons)[0] == ("the device is cpu", "they are switched off")
 
 
+def _reason_of_two(backend: str) -> str | None:
+    """Of a tensor-parallel model on a device, whose collectives ``backend`` does."""
+    engine = _engine("cpu", replace(MODEL, num_query_groups=2), 2)
+    device = SimpleNamespace(device=SimpleNamespace(type="cuda"), is_cuda=True)
+    with pytest.MonkeyPatch.context() as patched, dispatch.use("triton"):
+        patched.setattr(dist, "get_backend_config", lambda group: backend)
+        return why_eager(engine.groups, device)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("backend", "reason"),
+    [("cpu:gloo,cuda:nccl", None), ("cpu:gloo,cuda:gloo", "only NCCL's collectives can be captured")],
+)
+def test_tensor_parallel_steps_are_captured_where_nccl_does_their_collectives(backend: str, reason: str | None) -> None:
+    assert run_ranks(2, _reason_of_two, backend) == [reason, reason]
+
+
+def test_a_replay_that_other_ranks_do_not_join_ends_as_a_failed_collective() -> None:
+    """The process group has no timeout for what is replayed."""
+    answers = iter([False, False, True])
+    await_ranks(lambda: next(answers), 60.0)
+    with pytest.raises(RuntimeError, match=r"timed out waiting 0.05 s for the NCCL collectives") as caught:
+        await_ranks(lambda: False, 0.05)
+    assert _is_collective_failure(caught.value)
+
+
 @pytest.fixture
 def alone() -> Iterator[None]:
     """A world of this process: a fork could not use the GPU."""
@@ -224,3 +260,30 @@ def test_on_a_gpu_graphs_equal_eager_decoding_bit_for_bit(alone: None, stop_ids:
     logprobs = [one.per_token["sampling_logprobs"].values for one in found]
     assert torch.equal(logprobs[0], logprobs[1])
     assert F.l1_loss(logprobs[0], torch.zeros_like(logprobs[0])) > 0
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nccl_collectives_are_captured_and_replayed() -> None:
+    """A group of one rank: what this machine can show of tensor-parallel steps.  NCCL's watchdog runs beside it."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = dist.FileStore(f"{folder}/store", 1)
+        dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1, timeout=timedelta(seconds=60))
+        try:
+            group = dist.new_group([0])
+            given, parts = torch.ones(1000, device="cuda"), [torch.zeros(1000, device="cuda")]
+
+            def work() -> Tensor:
+                doubled = given * 2
+                dist.all_reduce(doubled, group=group)
+                dist.all_gather(parts, doubled, group=group)
+                return parts[0] + 1
+
+            assert torch.equal(work(), torch.full_like(given, 3.0))
+            graph = CudaGraph(timeout_seconds=60.0)
+            found = graph.capture(work)
+            for value in (5.0, 7.0):
+                given.fill_(value)
+                graph.replay()
+                assert torch.equal(found, torch.full_like(given, 2 * value + 1))
+        finally:
+            dist.destroy_process_group()
