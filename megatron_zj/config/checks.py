@@ -19,6 +19,7 @@ from megatron_zj.config.derived import (
     ALL,
     Block,
     engine_of,
+    fp8_misfits,
     longest_row,
     misfits,
     optimizer_steps,
@@ -154,10 +155,13 @@ def _layout(config: RunConfig, blocks: list[Block], world_size: int | None) -> I
 
 
 def _model_split(config: RunConfig, blocks: list[Block]) -> Iterator[Finding]:
-    """The model's sizes divide by the axes."""
+    """The model's sizes divide by the axes, and what is left of them suits FP8 where it is asked for."""
     for block in blocks:
         for axis, message in misfits(config.model, block.parallel):
             yield Finding(key=f"{block.key}.{axis}", message=message)
+    unsuited = [finding for block in blocks for finding in fp8_misfits(config.model, block.parallel)]
+    for setting, message in dict.fromkeys(unsuited):  # placements may say the same
+        yield Finding(key=setting, message=message)
 
 
 def _engines(config: RunConfig, blocks: list[Block]) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ from megatron_zj.config.run import RunConfig
 from megatron_zj.config.sampling import SamplingConfig
 
 ALL = "all"  # the placement that is every rank, laid out by RunConfig.parallel
+FP8_MULTIPLE = 16  # every size of an FP8 product, see fp8_misfits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +99,40 @@ def misfits(model: ModelConfig, parallel: ParallelConfig) -> Iterator[tuple[str,
                 "change pp, vpp or model.num_layers"
             ),
         )
+
+
+def fp8_misfits(model: ModelConfig, parallel: ParallelConfig) -> Iterator[tuple[str, str]]:
+    """A rank's sizes that FP8 products do not take: the setting, and what is wrong and what to change.
+
+    Transformer Engine (``assert_dim_for_fp8_exec``) demands a last dimension that is a multiple of 16 and others of 8
+    forward; the backward products read the same operands transposed, so it is 16 for both.  A layer's four products are
+    in FP8; embedding, output layer and scalar heads are not, so a vocabulary may have any size.
+    """
+    if model.fp8 == "none":
+        return
+    heads, tp, hidden, ffn = model.num_attention_heads, parallel.tp, model.hidden_size, model.ffn_hidden_size
+    queries, qkv = heads * model.head_size, (heads + 2 * model.kv_heads) * model.head_size
+    both = f"{queries} columns of queries and {qkv} of queries, keys and values are not both multiples"
+    settings = (  # the setting, the sizes it makes, what to say of them, whether tp cuts them, what would fit
+        ("hidden_size", (hidden,), f"{hidden} is not a multiple", False, FP8_MULTIPLE),
+        ("ffn_hidden_size", (ffn,), f"{ffn} is not a multiple", True, FP8_MULTIPLE * tp),
+        ("head_dim", (queries, qkv), both, True, FP8_MULTIPLE),
+    )
+    for name, sizes, wrong, is_cut, multiple in settings:
+        fitting = [ranks for ranks in range(1, tp + 1) if _fp8_takes(sizes, ranks if is_cut else 1)]
+        if tp in fitting:
+            continue
+        where = f" on each of tp = {tp} ranks" if is_cut and tp > 1 else ""
+        fewer = ", ".join(str(ranks) for ranks in fitting if heads % ranks == 0 and model.kv_heads % ranks == 0)
+        yield (
+            f"model.{name}",
+            f"{wrong} of {FP8_MULTIPLE}{where}, which FP8 products need; make model.{name} a multiple of {multiple}, "
+            f"{f'use a tp of {fewer}, ' if fewer else ''}or set model.fp8=none",
+        )
+
+
+def _fp8_takes(sizes: tuple[int, ...], ranks: int) -> bool:
+    return all(size % (FP8_MULTIPLE * ranks) == 0 for size in sizes)
 
 
 def head_of(config: RunConfig, role: str) -> HeadKind:

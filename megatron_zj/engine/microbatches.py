@@ -10,11 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_zj.config.derived import FP8_MULTIPLE
 from megatron_zj.data.batch import Batch, Rows
 from megatron_zj.data.packing import PackedBatch, pack, padded_length, plan_packs, unpack
 from megatron_zj.parallel.groups import ParallelGroups
-
-_FP8_SLOTS = 16
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ def slot_multiple(groups: ParallelGroups, fp8: bool = False) -> int:
     """
     zigzag = 2 * groups.cp_size if groups.cp_size > 1 else 1
     shards = groups.cp_size * (groups.tp_size if groups.parallel.sequence_parallel else 1)
-    return math.lcm(zigzag, shards * (_FP8_SLOTS if fp8 else 1))
+    return math.lcm(zigzag, shards * (FP8_MULTIPLE if fp8 else 1))
 
 
 def split(batch: Batch, groups: ParallelGroups, budget: int, *, fp8: bool = False) -> MicroBatches:

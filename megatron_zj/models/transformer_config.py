@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from kernels import dispatch
-from megatron_zj.config.derived import misfits
+from megatron_zj.config.derived import fp8_misfits, misfits
 from megatron_zj.config.model import ModelConfig
 from megatron_zj.config.optim import EngineConfig
 from megatron_zj.config.parallel import ParallelConfig
@@ -43,6 +43,7 @@ def kernel_backend(kernels: Literal["auto", "triton", "torch", "te"]) -> Abstrac
 def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     """Raise ValueError, naming what to change, when this layout cannot hold this model."""
     problems = [message for _, message in misfits(model, parallel)]
+    problems += [f"{setting}: {message}" for setting, message in fp8_misfits(model, parallel)]
     if problems:
         raise ValueError("\n".join(problems))
 

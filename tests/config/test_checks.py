@@ -141,6 +141,47 @@ def test_an_impossible_run_is_refused_with_the_key_to_change(changes: dict[str, 
     assert found[0].startswith(expected)
 
 
+@pytest.mark.parametrize(
+    ("model", "tp", "expected"),
+    [
+        (
+            {"hidden_size": 136, "head_dim": 32},
+            2,
+            "model.hidden_size: 136 is not a multiple of 16, which FP8 products need; make model.hidden_size a "
+            "multiple of 16, or set model.fp8=none",
+        ),
+        (
+            {},  # 88 columns a rank
+            4,
+            "model.ffn_hidden_size: 352 is not a multiple of 16 on each of tp = 4 ranks, which FP8 products need; make "
+            "model.ffn_hidden_size a multiple of 64, use a tp of 1, 2, or set model.fp8=none",
+        ),
+        (
+            {"head_dim": 4, "num_query_groups": 1},  # 16 columns of queries, and 4 of keys and 4 of values
+            1,
+            "model.head_dim: 16 columns of queries and 24 of queries, keys and values are not both multiples of 16, "
+            "which FP8 products need; make model.head_dim a multiple of 16, or set model.fp8=none",
+        ),
+        ({"vocab_size": 4095, "vocab_multiple": 1}, 1, None),  # the product with the vocabulary is not in FP8
+        ({"head_dim": 8, "num_query_groups": 1}, 1, None),  # 32 and 48
+        ({"ffn_hidden_size": 384}, 4, None),
+    ],
+)
+def test_sizes_that_fp8_products_refuse_are_named_with_what_would_do(
+    model: dict[str, Any], tp: int, expected: str | None
+) -> None:
+    asked = {"model": {**model, "kernels": "te", "fp8": "hybrid"}, "engine": {"precision": "bf16"}}
+    layout = {"world_size": tp, "parallel": {"tp": tp}}
+    assert errors(config(**asked, **layout), here=False) == ([] if expected is None else [expected])
+    assert errors(config(model=model, **layout)) == []
+
+
+def test_placements_that_refuse_the_same_size_say_so_once() -> None:
+    asked = {"model": {"hidden_size": 136, "head_dim": 32, "kernels": "te", "fp8": "hybrid"}}
+    found = errors(ppo(**SPLIT, **asked, engine={"precision": "bf16"}), here=False)
+    assert [line.split(":")[0] for line in found] == ["model.hidden_size"]
+
+
 def test_the_number_of_running_ranks_must_be_the_configured_one() -> None:
     assert errors(config(world_size=4), 2) == [
         "world_size: the configuration is laid out for 4 ranks and 2 are running; start 4, or write world_size=2"

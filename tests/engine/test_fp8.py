@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_zj.config.model import ModelConfig
 from megatron_zj.config.optim import EngineConfig
 from megatron_zj.config.parallel import ParallelConfig
-from megatron_zj.models import providers
+from megatron_zj.models import providers, transformer_config
 from tests.engine.training import MODEL, Case, Squares, global_batch, make_engine, make_groups, shard_of
 from tests.helpers.ranks import run_ranks
 from tests.models.test_providers import Attention, Norm, NormColumn, Row
@@ -119,3 +119,48 @@ def test_fp8_reaches_every_layer_with_sizes_it_takes(fp8: str, parallel: Paralle
         assert found["losses"] == pytest.approx(without["losses"], rel=2e-3)
         assert found["evaluated"] == pytest.approx(without["evaluated"], rel=2e-3)
         assert found["finite"]
+
+
+def _refusal(model: ModelConfig, parallel: ParallelConfig, *, checked: bool) -> str:
+    """What building and training says; empty: it trains."""
+    unchecked = contextlib.nullcontext() if checked else mock.patch.object(transformer_config, "fp8_misfits", _none)
+    try:
+        with unchecked:
+            _train(model, parallel)
+    except (AssertionError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def _none(*_: Any) -> tuple[()]:
+    return ()
+
+
+def _with_and_without_the_check(model: ModelConfig, parallel: ParallelConfig) -> tuple[str, str]:
+    return _refusal(model, parallel, checked=True), _refusal(model, parallel, checked=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tp", "setting"),
+    [
+        ({"hidden_size": 40, "head_dim": 4}, 1, "model.hidden_size"),
+        ({"ffn_hidden_size": 56}, 1, "model.ffn_hidden_size"),
+        ({"ffn_hidden_size": 48}, 2, "model.ffn_hidden_size"),
+        ({"ffn_hidden_size": 48}, 1, None),
+        ({"num_attention_heads": 4, "head_dim": 2}, 1, "model.head_dim"),
+        ({"num_attention_heads": 4, "num_query_groups": 1, "head_dim": 4}, 1, "model.head_dim"),
+        ({"num_query_groups": 2, "head_dim": 4}, 2, "model.head_dim"),
+        ({"vocab_multiple": 1}, 1, None),  # 61 rows
+    ],
+)
+def test_the_sizes_that_are_refused_are_those_no_fp8_product_takes(
+    changes: dict[str, Any], tp: int, setting: str | None
+) -> None:
+    """Without the check a product meets the size; with it nothing is built."""
+    model = replace(WITH_TE, fp8="hybrid", **changes)
+    for told, met in run_ranks(tp, _with_and_without_the_check, model, ParallelConfig(tp=tp)):
+        if setting is None:
+            assert told == met == ""
+        else:
+            assert told.startswith(f"{setting}: "), told
+            assert met.startswith("an FP8 product of"), met
