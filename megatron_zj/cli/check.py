@@ -156,6 +156,8 @@ def _memory(config: RunConfig, block: Block) -> list[str]:
         lines.append(f"  memory   actor's key/value cache in rollouts: {cache / _GIB:.2f} GiB")
     if len(lines) > 1:
         largest = stays + max((kept[name] + working[name] for name in block.roles), default=0)
+        passing = sorted(kept[name] for name in block.roles if engine_of(config, known[name]).overlap_offload)
+        largest += sum(passing[-3:-1])  # beside the one whose turn it is, one that leaves and one that comes
         what = "models, and the largest phase"
         if len(block.roles) > 1 and any(kept.values()):
             what = "the largest phase; engine.offload_idle keeps idle models on the host"

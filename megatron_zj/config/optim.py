@@ -47,6 +47,7 @@ class EngineConfig(ForwardConfig):
     overlap_param_gather: bool = False  # needs distributed_optimizer and overlap_grad_reduce
     loss_scale: LossScaleConfig = LossScaleConfig()  # fp16 only
     offload_idle: bool = False  # roles that share ranks: the idle ones' weights and optimizer state go to the host
+    overlap_offload: bool = False  # of idle models: copy beside the computing; up to two more on the device meanwhile
     check_for_nan: bool = True  # stop on a NaN or Inf loss or gradient; False: skip such steps
 
     def __post_init__(self) -> None:
@@ -54,6 +55,8 @@ class EngineConfig(ForwardConfig):
         check_ranges(self, recompute_num_layers="[1, inf)")
         if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
             raise ValueError("overlap_param_gather needs distributed_optimizer=true and overlap_grad_reduce=true")
+        if self.overlap_offload and not self.offload_idle:
+            raise ValueError("overlap_offload needs offload_idle=true")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -264,24 +264,30 @@ class Engine:
             counters = {name: int(value) for name, value in saved["loss_scale"].items() if name != "scale"}
             scaler.load_state_dict({"scale": scale, **counters})
 
-    def offload(self) -> None:
+    def offload(self, *, beside: bool = False) -> None:
         """Free the device memory of an idle engine: weights and optimizer state go to the host, gradients nowhere.
 
         Any method that needs them brings them back first; one that is away already stays there.  Weights that are
-        still being gathered are waited for.
+        still being gathered are waited for.  ``beside``: only start the copies; ``settle`` frees the memory.
         """
         if self._host.away:
+            if not beside:
+                self._host.settle()
             return
         self.gather_weights()
         buffers = [buffer for chunk in self._wrapped for buffer in chunk.buffers]
         kept = [tensor for chunk in self.chunks for tensor in (*chunk.parameters(), *chunk.buffers())]
         kept += [buffer.param_data for buffer in buffers if buffer.param_data is not None]
         kept += self.optimizer.tensors() if self.optimizer is not None else []
-        self._host.free(kept, [buffer.grad_data for buffer in buffers])
+        self._host.free(kept, [buffer.grad_data for buffer in buffers], beside=beside)
 
-    def reload(self) -> None:
-        """Undo ``offload``."""
-        self._host.restore()
+    def reload(self, *, beside: bool = False) -> None:
+        """Undo ``offload``.  ``beside``: only start to; whatever needs the weights waits for them."""
+        self._host.restore(beside=beside)
+
+    def settle(self) -> None:
+        """Wait for copies that were started ``beside``."""
+        self._host.settle()
 
     # Helpers ----------------------------------------------------------------------------------------------------
 

@@ -84,21 +84,26 @@ class Exchange:
         self.activity = activity or Activity()
         self._num_calls = 0
         self._sending: deque[tuple[int, dist.Work, Tensor]] = deque()
-        self._jobs: deque[Callable[[], None]] = deque()
+        self._jobs: deque[tuple[object, Callable[[], None]]] = deque()
 
     def next_tag(self) -> int:
         """A message tag nobody used; the same on all ranks, because all ranks make the same calls."""
         self._num_calls += 1
         return self._num_calls % 2**24
 
-    def later(self, job: Callable[[], None]) -> None:
-        """Keep this rank's part of a role call for ``catch_up``."""
-        self._jobs.append(job)
+    def later(self, owner: object, job: Callable[[], None]) -> None:
+        """Keep this rank's part of a role call for ``catch_up``.  ``owner``: who will compute."""
+        self._jobs.append((owner, job))
+
+    @property
+    def next_owner(self) -> object:
+        """Who computes after the job that is running; None: nothing waits."""
+        return self._jobs[0][0] if self._jobs else None
 
     def catch_up(self) -> None:
         """Compute everything that was called so far, in the order of the calls."""
         while self._jobs:
-            self._jobs.popleft()()
+            self._jobs.popleft()[1]()
 
     def send(self, payload: Tensor, rank: int, tag: int) -> None:
         """Post a send; the buffer is kept until it is gone.

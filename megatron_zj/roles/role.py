@@ -91,18 +91,32 @@ class Role:
         activity = self.exchange.activity
         with activity.doing(f"rows for {self.name}.{call}"):
             rows = from_fields(coming.wait())
-        for neighbour in self.placement.engines:  # on this rank
-            if neighbour is not self.engine and neighbour.config.offload_idle:
-                neighbour.offload()
+        leaving = self._make_room()
         with activity.doing(f"{self.name}.{call}"):
             compute(self.engine, rows)
+        for engine in leaving:
+            engine.settle()
+
+    def _make_room(self) -> list[Engine]:
+        """This rank's idle models leave the device, by their own settings; those that do.
+
+        With ``overlap_offload`` their copies run while this model computes, and whose turn is next comes back.
+        """
+        others = [one for one in self.placement.engines if one is not self.engine and one.config.offload_idle]
+        coming = [one for one in others if one.config.overlap_offload and one is self.exchange.next_owner]
+        leaving = [one for one in others if one not in coming]
+        for engine in leaving:
+            engine.offload(beside=engine.config.overlap_offload)
+        for engine in coming:
+            engine.reload(beside=True)
+        return leaving
 
     def _later(
         self, call: str, coming: Transfer, compute: Callable[[Engine, Batch], None], answer: Callable[[], T]
     ) -> Pending[T]:
         """The handle of a call whose rows are under way; see ``Exchange.catch_up``."""
         if self.engine is not None:
-            self.exchange.later(lambda: self._run(call, coming, compute))
+            self.exchange.later(self.engine, lambda: self._run(call, coming, compute))
 
         def finish() -> T:
             self.exchange.catch_up()

@@ -9,6 +9,7 @@ from megatron_zj.config.parallel import ParallelConfig, PlacementConfig
 
 ENGINE = EngineConfig(micro_batch_tokens=64)
 OFFLOAD = replace(ENGINE, offload_idle=True)
+OVERLAP = replace(OFFLOAD, overlap_offload=True)
 SHARDED = replace(ENGINE, distributed_optimizer=True)
 LATE = replace(SHARDED, overlap_grad_reduce=True, overlap_param_gather=True)
 SPLIT = {"actor": "policy", "reference": "policy", "critic": "judges", "reward": "judges"}
@@ -54,6 +55,7 @@ LAYOUTS = {
     "dp2": Layout(2, ONE, SHARDED),
     "cp2": Layout(2, CP),
     "tp2 pp2": Layout(4, TP_PP),
+    "overlapping offload": Layout(engine=OVERLAP),
     "split 2 + 2": split(TP, PP, 2, 4),
     "split 2 + 4": split(PP, TP_PP, 2, 6),
 }
@@ -64,14 +66,20 @@ MORE_LAYOUTS = {
     "dp2 tp2": Layout(4, TP, SHARDED),
     "dp2 pp2, small packs": Layout(4, PP, replace(SHARDED, micro_batch_tokens=20)),
     "cp2 pp2": Layout(4, ParallelConfig(cp=2, pp=2)),
+    "cp2 tp2": Layout(4, ParallelConfig(cp=2, tp=2)),
+    "cp2 tp2 sp": Layout(4, replace(TP_SP, cp=2)),
+    "cp2 dp2, small packs": Layout(4, CP, replace(SHARDED, micro_batch_tokens=20)),
     "dp3": Layout(3, ONE),
     "offload": Layout(engine=OFFLOAD),
     "offload, tp2 pp2": Layout(4, TP_PP, OFFLOAD),
     "offload, dp2 late": Layout(2, ONE, replace(LATE, offload_idle=True)),
+    "overlapping offload, tp2 pp2": Layout(4, TP_PP, OVERLAP),
+    "overlapping offload, dp2 late": Layout(2, ONE, replace(LATE, offload_idle=True, overlap_offload=True)),
     "split 1 + 1": split(ONE, ONE, 1, 2),
     "split 2 + 2, offload": split(TP_SP, CP, 2, 4, OFFLOAD),
     "split 2 + 2, dp2 | tp2": split(ONE, TP, 2, 4, SHARDED),
     "split 2 + 4, offload": split(TP, replace(CP, pp=2), 2, 6, OFFLOAD),
+    "split 2 + 4, overlapping offload": split(TP, replace(CP, pp=2), 2, 6, OVERLAP),
     "split 4 + 2": split(TP_PP, ONE, 4, 6, SHARDED),
 }
 FLOAT64 = {

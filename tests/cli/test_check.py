@@ -52,6 +52,12 @@ def test_idle_models_on_the_host_leave_the_largest_of_them(capsys: pytest.Captur
     assert "engine.offload_idle keeps idle models on the host" in together
     assert max(sizes) <= float(together.split()[2]) <= max(sizes) + cache
     assert sum(sizes) > 1.5 * float(together.split()[2])
+    overlapping = ("engine.offload_idle=true", "engine.overlap_offload=true")
+    _, shown, _ = zj_check(capsys, "experiment=zhongjing/ppo", "--elsewhere", *overlapping)
+    (longer,) = [line for line in shown.splitlines() if "together" in line]
+    own = [line.split("activations ") for line in shown.splitlines() if "activations" in line]
+    kept = sorted(float(before.split()[2]) - float(activations) for before, activations in own)
+    assert float(longer.split()[2]) - float(together.split()[2]) == pytest.approx(sum(kept[-3:-1]), abs=0.03)
 
 
 def test_every_experiment_can_be_described(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ SHARDED = dataclasses.replace(PLAIN, distributed_optimizer=True)
 LATE = dataclasses.replace(SHARDED, overlap_grad_reduce=True, overlap_param_gather=True)
 
 
-def _train(engine_config: EngineConfig, offload: bool) -> tuple[list[dict[str, float]], int, int]:
+def _train(engine_config: EngineConfig, offload: bool, beside: bool = False) -> tuple[list[dict[str, float]], int, int]:
     """Three updates, offloaded between them or not: metrics, bytes held in memory, bytes held while offloaded."""
     groups = create_groups({"all": RankGrid.from_config(ParallelConfig(), 0, 2)}, {"all": ParallelConfig()}, 60)["all"]
     assert groups is not None
@@ -33,11 +33,19 @@ def _train(engine_config: EngineConfig, offload: bool) -> tuple[list[dict[str, f
         history.append(engine.update(training.Squares("lm"), batch.select(rows)))
         before = _held(engine)
         if offload:
-            engine.offload()
+            engine.offload(beside=beside)
+            if beside:
+                assert _held(engine) == before  # until its copies are known to have ended
+                engine.infer(("logprobs",), batch.select(rows))  # it had not left
+                engine.offload(beside=True)
+                engine.settle()
             with pytest.MonkeyPatch.context() as patched:  # twice is once: nothing comes back on the way
                 patched.setattr(HostCopy, "restore", lambda copy: pytest.fail("restored to be offloaded again"))
                 engine.offload()
             during = _held(engine)
+            if beside:
+                engine.reload(beside=True)
+                assert _held(engine) == before
             engine.infer(("logprobs",), batch.select(rows))  # comes back by itself
             assert _held(engine) == before
             engine.offload()
@@ -52,10 +60,11 @@ def _held(engine: Engine) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["waiting", "beside the computing"])
 @pytest.mark.parametrize("engine", [PLAIN, SHARDED, LATE], ids=["plain", "distributed optimizer", "gathered late"])
-def test_an_offloaded_engine_holds_no_memory_and_trains_the_same_bits(engine: EngineConfig) -> None:
+def test_an_offloaded_engine_holds_no_memory_and_trains_the_same_bits(engine: EngineConfig, beside: bool) -> None:
     plain = run_ranks(2, _train, engine, False)
-    for rank, (history, before, during) in enumerate(run_ranks(2, _train, engine, True)):
+    for rank, (history, before, during) in enumerate(run_ranks(2, _train, engine, True, beside)):
         assert before > 50_000
         assert during == 0
         assert history == plain[rank][0]
