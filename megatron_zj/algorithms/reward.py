@@ -41,6 +41,11 @@ class RankedGroups:
         return ("values",) if self.loss == "per_token" else ("scores",)
 
     @property
+    def whole_rows(self) -> bool:
+        """``per_token`` compares the same place of two rows, and a row's end stands for what is missing."""
+        return self.loss == "per_token"
+
+    @property
     def differences_only(self) -> bool:
         """All of these losses compare scores; centering alone looks at one."""
         return self.centering == 0.0

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_zj.config.algorithm import DPOConfig, RewardConfig
+from megatron_zj.config.algorithm import DPOConfig
 from megatron_zj.config.data import CorpusConfig, PromptsConfig
 from megatron_zj.config.derived import (
     ALL,
@@ -167,14 +167,6 @@ def _model_split(config: RunConfig, blocks: list[Block]) -> Iterator[Finding]:
 def _engines(config: RunConfig, blocks: list[Block]) -> Iterator[Finding]:
     """Engine settings that do not go with the layout or the model."""
     role_of = roles(config)
-    if isinstance(config.algorithm, RewardConfig) and config.algorithm.loss == "per_token":
-        for block in blocks:
-            if block.parallel.cp > 1:
-                yield Finding(
-                    key=f"{block.key}.cp",
-                    message="algorithm.loss=per_token compares answers token by token and context parallelism cuts "
-                    "them in other places; use cp=1, or algorithm.loss=pairs",
-                )
     for block in blocks:
         layers = config.model.num_layers // (block.parallel.pp * block.parallel.vpp)
         for name in block.roles:

@@ -71,10 +71,11 @@ def padded_length(lengths: Sequence[int], cp: int) -> int:
 
 
 def pack(
-    batch: Batch, row_ids: Sequence[int], *, cp: int = 1, cp_rank: int = 0, length: int | None = None
+    batch: Batch, row_ids: Sequence[int], *, cp: int = 1, cp_rank: int | None = 0, length: int | None = None
 ) -> PackedBatch:
     """Pack these rows of ``batch``.
 
+    ``cp_rank``: whose share of the slots; None: all slots, padded as for the cut.
     ``length``: slots of the whole pack (a multiple of 2 x cp with cp > 1); the rest is one dummy sequence.
     None: no dummy.  An empty ``row_ids`` with a ``length`` gives a pack that is all dummy.
     """
@@ -93,7 +94,10 @@ def pack(
     device = picked.tokens.values.device
     source, slot = _places(real, ends, device)
     whole = _whole_pack(picked, source, slot, ends[-1], device)
-    local = _zigzag_slots(ends, cp, cp_rank).to(device) if cp > 1 else torch.arange(ends[-1], device=device)
+    if cp > 1 and cp_rank is not None:
+        local = _zigzag_slots(ends, cp, cp_rank).to(device)
+    else:
+        local = torch.arange(ends[-1], device=device)
     where = torch.full((ends[-1],), -1, dtype=torch.int64, device=device)
     where[local] = torch.arange(local.shape[0], device=device)
     last = torch.tensor([ends[row] + size - 1 for row, size in enumerate(real)], dtype=torch.int64, device=device)

@@ -19,8 +19,8 @@ from megatron_zj.config.optim import EngineConfig
 from megatron_zj.data.batch import Batch, Rows
 from megatron_zj.data.packing import PackedBatch
 from megatron_zj.engine import optimizer_state
-from megatron_zj.engine.microbatches import MicroBatches, rows_from_packs, scores_from_packs, split
-from megatron_zj.engine.objective import Comparing, LossTerms, Metrics, Objective, Selective
+from megatron_zj.engine.microbatches import MicroBatches, rows_from_packs, scores_from_packs, split, whole_over_cp
+from megatron_zj.engine.objective import Comparing, LossTerms, Metrics, Objective, Rowwise, Selective
 from megatron_zj.engine.offload import HostCopy
 from megatron_zj.engine.optimizer import Optimizer
 from megatron_zj.engine.totals import MicroBatchSums, nonfinite, require_finite, total
@@ -90,9 +90,7 @@ class Engine:
         for want in wants:
             parts = [one[want] for one in outputs]
             results[want] = (
-                scores_from_packs(parts, micro)
-                if want == "scores"
-                else rows_from_packs(parts, micro, batch, self.groups)
+                scores_from_packs(parts, micro) if want == "scores" else rows_from_packs(parts, micro, self.groups)
             )
         return results
 
@@ -101,7 +99,7 @@ class Engine:
         """The objective without a step: "loss", its metrics (both by the global weight) and "weight"."""
         micro = self._split(batch)
         with self._reading():
-            sums = self._run(self._loss_step(objective), micro, forward_only=True)
+            sums = self._run(self._loss_step(objective, micro), micro, forward_only=True)
         return total(sums, self.groups, self.device).averages()
 
     def _split(self, batch: Batch) -> MicroBatches:
@@ -126,7 +124,7 @@ class Engine:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         self._train_mode(True)
-        sums = self._run(self._loss_step(objective), micro, forward_only=False)
+        sums = self._run(self._loss_step(objective, micro), micro, forward_only=False)
         result = total(sums, self.groups, self.device)
         averages = result.averages()
         if isinstance(objective, Comparing) and objective.differences_only:
@@ -148,11 +146,11 @@ class Engine:
             "loss_scale": loss_scale,
         }
 
-    def _loss_step(self, objective: Objective) -> Any:
+    def _loss_step(self, objective: Objective, micro: MicroBatches) -> Any:
         """Megatron-core's forward step: the stage's output, and a function from it to (loss, weight, sums)."""
-        # Scores are whole on every cp rank: the first one counts them.
-        counted_once = "scores" in objective.wants
-        share = 0 if counted_once and self.groups.cp_rank > 0 else 1
+        whole_rows = isinstance(objective, Rowwise) and objective.whole_rows and self.groups.cp_size > 1
+        # Scores, and whole rows, are the same on every cp rank: the first one counts them.
+        share = 0 if (whole_rows or "scores" in objective.wants) and self.groups.cp_rank > 0 else 1
 
         def forward_step(packs: Iterator[PackedBatch], stage: Module) -> tuple[Any, Any]:
             packed = next(packs)
@@ -161,8 +159,11 @@ class Engine:
                 asked = replace(packed, targets=packed.targets & (objective.needs(packed) != 0))
 
             def loss_of(outputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, MicroBatchSums]:
-                terms = objective(outputs, packed)
-                weight = objective.weight(packed)
+                seen = packed
+                if whole_rows:
+                    seen, outputs = micro.whole(packed, self.groups), self._whole(outputs, packed)
+                terms = objective(outputs, seen)
+                weight = objective.weight(seen)
                 sums = MicroBatchSums.of(terms, weight, share)
                 loss = _connected(terms, outputs) * share
                 return loss, sums.weight.to(loss.device, torch.int64), sums
@@ -170,6 +171,13 @@ class Engine:
             return stage(asked, objective.wants, objective.temperature), loss_of
 
         return forward_step
+
+    def _whole(self, outputs: dict[str, Tensor], packed: PackedBatch) -> dict[str, Tensor]:
+        """Per-token outputs of the whole pack; scores are so already."""
+        return {
+            want: given if want == "scores" else whole_over_cp([given], [packed], self.groups)[0]
+            for want, given in outputs.items()
+        }
 
     def _run(self, forward_step: Any, micro: MicroBatches, *, forward_only: bool, collect: bool = False) -> list[Any]:
         """Megatron-core's pipeline schedule over the micro-batches; one result each on the last stage."""

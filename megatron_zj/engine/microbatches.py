@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_zj.config.derived import FP8_MULTIPLE
@@ -22,6 +23,11 @@ class MicroBatches:
 
     packs: tuple[PackedBatch, ...]
     length: int  # slots of the longest whole pack; with a pipeline, of every pack
+    batch: Batch  # whose rows they are
+
+    def whole(self, packed: PackedBatch, groups: ParallelGroups) -> PackedBatch:
+        """One of the packs as it was before the cut over cp."""
+        return pack(self.batch, packed.row_ids, cp=groups.cp_size, cp_rank=None, length=packed.cu_seqlens_list[-1])
 
     def describe(self, index: int) -> str:
         """For messages: which rows of the shard's batch a pack holds."""
@@ -61,19 +67,34 @@ def split(batch: Batch, groups: ParallelGroups, budget: int, *, fp8: bool = Fals
     packs = tuple(
         pack(batch, rows, cp=cp, cp_rank=groups.cp_rank, length=total) for rows, total in zip(plan, totals, strict=True)
     )
-    return MicroBatches(packs, longest)
+    return MicroBatches(packs, longest, batch)
 
 
-def rows_from_packs(outputs: Sequence[Tensor], micro: MicroBatches, batch: Batch, groups: ParallelGroups) -> Rows:
-    """[T] outputs of every pack back to token-aligned rows in the batch's row order.
-
-    With context parallelism this gathers the shares of all cp ranks (collective over cp) and undoes the zigzag.
-    """
-    whole = _gather_over_cp(outputs, micro, groups) if groups.cp_size > 1 else list(outputs)
+def rows_from_packs(outputs: Sequence[Tensor], micro: MicroBatches, groups: ParallelGroups) -> Rows:
+    """[T] outputs of every pack back to token-aligned rows in the batch's row order; collective over cp."""
+    whole = whole_over_cp(outputs, micro.packs, groups)
     parts = [unpack(values, packed) for values, packed in zip(whole, micro.packs, strict=True) if packed.num_rows]
     if not parts:
-        return Rows(whole[0][:0], batch.tokens.lengths)
+        return Rows(whole[0][:0], micro.batch.tokens.lengths)
     return Rows.concat(parts).select(_order(micro))
+
+
+def whole_over_cp(outputs: Sequence[Tensor], packs: Sequence[PackedBatch], groups: ParallelGroups) -> list[Tensor]:
+    """[T] outputs of every cp rank's share of each pack -> [slots] of the whole pack, the zigzag undone.
+
+    One exchange for all the packs, collective over cp.  Backward gives each rank, at its own slots, the sum of what
+    all cp ranks gave to their copies: a loss over whole packs must be counted on one of them.
+    """
+    if groups.cp_size == 1:
+        return list(outputs)
+    sizes = [packed.cu_seqlens_list[-1] for packed in packs]
+    starts = itertools.accumulate(sizes, initial=0)
+    slots = torch.cat([packed.slots + start for packed, start in zip(packs, starts, strict=False)])
+    values, places = (
+        gather_from_sequence_parallel_region(own, tensor_parallel_output_grad=True, group=groups.pgc.cp)
+        for own in (torch.cat(list(outputs)), slots)
+    )
+    return list(torch.split(values[torch.argsort(places)], sizes))
 
 
 def scores_from_packs(outputs: Sequence[Tensor], micro: MicroBatches) -> Tensor:
@@ -86,18 +107,3 @@ def _order(micro: MicroBatches) -> list[int]:
     """For each row of the batch, its place among the rows of all packs."""
     packed = [row for one in micro.packs for row in one.row_ids]
     return sorted(range(len(packed)), key=packed.__getitem__)
-
-
-def _gather_over_cp(outputs: Sequence[Tensor], micro: MicroBatches, groups: ParallelGroups) -> list[Tensor]:
-    """Whole packs [slots] from every cp rank's share: one exchange for all the packs."""
-    ends = [packed.cu_seqlens_list[-1] for packed in micro.packs]
-    starts = [sum(ends[:index]) for index in range(len(ends))]
-    values = torch.cat(list(outputs)).contiguous()
-    slots = torch.cat([packed.slots + start for packed, start in zip(micro.packs, starts, strict=True)])
-    all_values = [torch.empty_like(values) for _ in range(groups.cp_size)]
-    all_slots = [torch.empty_like(slots) for _ in range(groups.cp_size)]
-    dist.all_gather(all_values, values, group=groups.pgc.cp)
-    dist.all_gather(all_slots, slots, group=groups.pgc.cp)
-    whole = values.new_empty(sum(ends))
-    whole[torch.cat(all_slots)] = torch.cat(all_values)
-    return list(torch.split(whole, ends))

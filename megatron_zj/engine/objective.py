@@ -42,12 +42,24 @@ class Comparing(Protocol):
         """
 
 
+@runtime_checkable
+class Rowwise(Protocol):
+    """An objective that may look along rows: at tokens that context parallelism gives to different ranks."""
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether it is called with whole packs, outputs and batch alike, as without context parallelism.
+
+        Every cp rank then computes the same sums, and the engine counts them once.
+        """
+
+
 class Objective(Protocol):
     """A loss over head outputs.  ``outputs`` holds what ``wants`` names.
 
     Per-token outputs (logprobs, entropy, values) are [T] and prediction-aligned like ``batch.per_token``;
-    scores are [R].  With context parallelism T is this rank's share; scores are the same on every cp rank and the
-    engine counts them once.
+    scores are [R].  With context parallelism T is this rank's share (of a ``Rowwise`` objective: still the whole pack);
+    scores are the same on every cp rank and the engine counts them once.
     """
 
     @property

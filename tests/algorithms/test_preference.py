@@ -39,10 +39,9 @@ def _check(name: str, found: History, expected: History) -> None:
 @pytest.mark.parametrize("layout", ALONE)
 def test_reward_models_equal_plain_torch(layout: str, rewards: dict[str, Any]) -> None:
     place = EVERY[layout]
-    names = [name for name in rewards if place.parallel.cp == 1 or not name.startswith("per_token")]
-    for histories in run_ranks(place.world, world.run_reward, place, [world.REWARD_LOSSES[n] for n in names]):
-        for name, found in zip(names, histories, strict=True):
-            _check(name, found, rewards[name])
+    for histories in run_ranks(place.world, world.run_reward, place, list(world.REWARD_LOSSES.values())):
+        for (name, expected), found in zip(rewards.items(), histories, strict=True):
+            _check(name, found, expected)
             held = "centering" not in world.REWARD_LOSSES[name]  # to the bit: its gradient is nothing but rounding
             assert (float(found[-1]["reward/score_head.bias"]) == 0.0) == held
 

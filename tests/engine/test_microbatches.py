@@ -82,6 +82,22 @@ def test_outputs_come_back_in_row_order_at_the_tokens_own_index(lengths: list[in
     assert scores.tolist() == list(range(len(lengths)))
 
 
+@given(lengths=lengths_lists, budget=st.integers(1, 50))
+def test_a_whole_pack_is_what_the_shares_of_context_parallelism_are_cut_from(
+    lengths: list[int], budget: int
+) -> None:
+    groups, batch = _groups(tp=2, cp=2, sequence_parallel=True), _batch(lengths)
+    micro = split(batch, groups, budget)
+    for packed in micro.packs:
+        whole = micro.whole(packed, groups)
+        assert whole.slots.tolist() == list(range(packed.cu_seqlens_list[-1]))
+        assert (whole.cu_seqlens_list, whole.row_ids) == (packed.cu_seqlens_list, packed.row_ids)
+        for name in ("tokens", "labels", "targets", "positions"):
+            assert getattr(whole, name)[packed.slots].equal(getattr(packed, name))
+        assert whole.per_token["mark"][packed.slots].equal(packed.per_token["mark"])
+        assert whole.tokens[whole.last].tolist() == [100 * row + lengths[row] - 1 for row in packed.row_ids]
+
+
 def test_groups_of_rows_that_are_not_neighbours_stay_together_and_come_back_in_order() -> None:
     batch = _batch([4, 5, 6, 3]).with_fields(per_row={GROUP: torch.tensor([7, 8, 7, 8])})
     micro = split(batch, _groups(), 12)
