@@ -1,7 +1,7 @@
 """Several seeds of the demo in one file: python tools/collect_learning.py runs/demo-seed-0 runs/demo-seed-1 ...
 
 Reads each folder's summary.json and the stages' config.yaml (made by tools/run_demo.py --algorithms all), writes
-benchmarks/learning.json, and prints the table of docs/rlhf.md.  Folders whose settings differ are refused.
+benchmarks/learning.json, and prints the tables of docs/rlhf.md.  Folders whose settings differ are refused.
 """
 
 from __future__ import annotations
@@ -46,6 +46,17 @@ def seed_of(folder: Path) -> str:
     return str(yaml.safe_load((folder / "ppo" / "config.yaml").read_text(encoding="utf-8"))["run"]["seed"])
 
 
+def kl_table(seeds: dict[str, Json]) -> str:
+    """Markdown: a row an algorithm, a column a seed; KL of its answers to the SFT model, and its standard error."""
+    head = "| KL, nats an answer (k3) | " + " | ".join(f"seed {seed}" for seed in seeds) + " |"
+    lines = [head, "|---" * (len(seeds) + 1) + "|"]
+    for name in next(iter(seeds.values()))["learning"]:
+        found = [one["learning"][name]["held_out_kl"] for one in seeds.values()]
+        cells = [f"{one['kl']:.2f} ± {one['kl_standard_error']:.2f} ({one['k3']:.2f})" for one in found]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def table(seeds: dict[str, Json]) -> str:
     """Markdown: a row a model, a column a seed; oracle score, and its change from the SFT model."""
     lines = [
@@ -84,7 +95,7 @@ def main() -> int:
         "seeds": seeds,
     }
     arguments.to.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(table(seeds) + "\n")
+    sys.stdout.write(f"{table(seeds)}\n\n{kl_table(seeds)}\n")
     return 0
 
 

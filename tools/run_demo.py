@@ -101,7 +101,9 @@ class Demo:
             if stage.name == "pretrain":
                 self._once("untrained", partial(self.evaluate, "untrained", "pretrain", {"exam": "exam.csv"}))
             if stage.suites:
-                self._once(f"{stage.name}-evaluation", partial(self.evaluate, stage.name, stage.name, stage.suites))
+                reference = stage.after if stage in (PPO, *OTHERS) else None
+                work = partial(self.evaluate, stage.name, stage.name, stage.suites, reference)
+                self._once(f"{stage.name}-evaluation", work)
             if others and stage in (PPO, *OTHERS):
                 self._once(f"{stage.name}-along", partial(self.evaluate_along, stage))
         summary = write_report(self.folder)
@@ -147,8 +149,11 @@ class Demo:
         }
         (self.folder / stage.name / "stage.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
-    def evaluate(self, name: str, source: str, suites: dict[str, str]) -> None:
-        """Score a stage's checkpoint; ``untrained`` is a fresh model of the same shape."""
+    def evaluate(self, name: str, source: str, suites: dict[str, str], reference: str | None = None) -> None:
+        """Score a stage's checkpoint; ``untrained`` is a fresh model of the same shape.
+
+        ``reference``: the stage that the KL of its answers is measured to.
+        """
         files = ",".join(str(self.folder / "data" / file) for file in suites.values())
         self._ranks(
             "megatron_zj.cli.evaluate",
@@ -161,13 +166,15 @@ class Demo:
             f"untrained={str(name == 'untrained').lower()}",
             f"sampling.max_new_tokens={8 if self.miniature else 64}",
             "data.template=ziya",
+            *([f"reference.load={self.folder / reference}"] if reference is not None else []),
         )
 
     def evaluate_along(self, stage: Stage) -> None:
         """Judge the checkpoints that the stage left on its way; the last one is judged as the stage's own."""
         for checkpoint in sorted((self.folder / stage.name / "checkpoints").glob("step_*"))[:-1]:
             steps = checkpoint.relative_to(self.folder)
-            self.evaluate(f"{stage.name}/along/{checkpoint.name}", str(steps), {"clinic": JUDGED["clinic"]})
+            name = f"{stage.name}/along/{checkpoint.name}"
+            self.evaluate(name, str(steps), {"clinic": JUDGED["clinic"]}, stage.after)
 
     def _overrides(self, stage: Stage) -> list[str]:
         run = self.folder

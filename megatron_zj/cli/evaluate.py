@@ -2,6 +2,7 @@
 
 One suite reads all files; otherwise there is one suite a file.  Each writes ``run.dir/evaluation/<suite>.json``.
 ``against=OTHER_RUN_DIR`` adds how often this model wins, ties and loses, item by item (clinic, dialogue).
+``reference.load=DIR`` adds the KL to that model, on the answers it gave (clinic, safety, dialogue, ner).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from megatron_zj.cli.inference import LoadedModel, compose_inference, help_text,
 from megatron_zj.cli.main import guarded
 from megatron_zj.config.inference import EvaluationConfig, Suite
 from megatron_zj.config.loader import ConfigError
+from megatron_zj.config.sampling import SamplingConfig
 from megatron_zj.data.raw import read_raw
 from megatron_zj.evaluation.attitudes import (
     CAMI_ITEMS,
@@ -33,8 +35,9 @@ from megatron_zj.evaluation.clinic.conditions import load_clinic
 from megatron_zj.evaluation.clinic.evaluate import take_cases
 from megatron_zj.evaluation.clinic.files import read_cases
 from megatron_zj.evaluation.dialogue import contest, take_dialogues
+from megatron_zj.evaluation.divergence import divergence
 from megatron_zj.evaluation.exam import read_exam, take_exam
-from megatron_zj.evaluation.model import Codec, Ids
+from megatron_zj.evaluation.model import Codec, Generate, Ids
 from megatron_zj.evaluation.ner import read_conll, take_ner
 from megatron_zj.evaluation.preference import grouped, rate
 from megatron_zj.evaluation.safety import read_probes, take_safety
@@ -84,10 +87,11 @@ def evaluate(config: EvaluationConfig, plan: dict[Suite, list[Path]], process: P
     """Run the suites on one loaded model.  Collective over the world; rank 0 writes.  Returns every suite's result."""
     read = {suite: _read(config, suite, files) for suite, files in plan.items()}  # a bad file is told at once
     model = LoadedModel(config, process, untrained=config.untrained)
+    reference = _load_reference(config, model, process)
     results: dict[Suite, Json] = {}
     for suite, items in read.items():
         with process.activity.doing(f"evaluate {suite}"):
-            results[suite] = SUITES[suite](model, config, items)
+            results[suite] = _ask(model, reference, config, suite, items)
             if config.against is not None:
                 results[suite] |= _contest(config.against, suite, results[suite], config.margin)
         if process.rank == 0:
@@ -106,6 +110,7 @@ def _ignored(config: EvaluationConfig) -> list[str]:
         "data.format": (config.data.format != plain.data.format, ("preference", "dialogue")),
         "data.on_bad_record": (config.data.on_bad_record != plain.data.on_bad_record, _OF_RECORDS),
         "limit": (config.limit != plain.limit, (*_OF_RECORDS, "ner")),
+        "reference": (config.reference is not None, tuple(ANSWERED)),
     }
     for name, (given, suites) in settings.items():
         if given and config.suites and not set(config.suites) & set(suites):
@@ -178,57 +183,58 @@ def _read(config: EvaluationConfig, suite: Suite, files: Sequence[Path]) -> list
     return items[: config.limit] if config.limit and suite not in ("cami", "mica") else items
 
 
-def _exam(model: LoadedModel, config: EvaluationConfig, items: list[Any]) -> Json:
+def _exam(model: LoadedModel, items: list[Any]) -> Json:
     return dataclasses.asdict(take_exam(items, _codec(model), model.option_logprobs))
 
 
-def _clinic(model: LoadedModel, config: EvaluationConfig, cases: list[Any]) -> Json:
-    return dataclasses.asdict(take_cases(load_clinic(), cases, _codec(model), _generate(model, config)))
-
-
-def _safety(model: LoadedModel, config: EvaluationConfig, probes: list[Any]) -> Json:
-    result, texts = take_safety(probes, _codec(model), _generate(model, config))
-    return {**dataclasses.asdict(result), "answers": texts}
-
-
-def _dialogue(model: LoadedModel, config: EvaluationConfig, records: list[Any]) -> Json:
-    turns = [record.messages for record in records]
-    result, texts = take_dialogues(turns, _codec(model), _generate(model, config))
-    return {**dataclasses.asdict(result), "answers": texts}
-
-
-def _ner(model: LoadedModel, config: EvaluationConfig, sentences: list[Any]) -> Json:
-    return dataclasses.asdict(take_ner(sentences, _codec(model), _generate(model, config)))
-
-
-def _preference(model: LoadedModel, config: EvaluationConfig, ranked: list[Any]) -> Json:
+def _preference(model: LoadedModel, ranked: list[Any]) -> Json:
     codec = _codec(model)
     rows = [codec.dialogue([*record.prompt, *response]) for record in ranked for response in record.responses]
     groups = grouped(model.scores(rows), [record.dense_ranks() for record in ranked], [len(row) for row in rows])
     return dataclasses.asdict(rate(groups))
 
 
-def _cami(model: LoadedModel, config: EvaluationConfig, items: list[Any]) -> Json:
+def _cami(model: LoadedModel, items: list[Any]) -> Json:
     letters = answer_scale(items, CAMI_OPTIONS, _codec(model), model.option_logprobs)
     result = score_cami(letters)
     whole = {"num_unanswered": result.num_unanswered, "constant": result.constant, "letters": "".join(letters)}
     return {**result.subscales, **whole}
 
 
-def _mica(model: LoadedModel, config: EvaluationConfig, items: list[Any]) -> Json:
+def _mica(model: LoadedModel, items: list[Any]) -> Json:
     letters = answer_scale(items, MICA_OPTIONS, _codec(model), model.option_logprobs)
     return {**dataclasses.asdict(score_mica(letters)), "letters": "".join(letters)}
 
 
-SUITES: dict[Suite, Callable[[LoadedModel, EvaluationConfig, list[Any]], Json]] = {
+def _clinic(codec: Codec, generate: Generate, cases: list[Any]) -> Json:
+    return dataclasses.asdict(take_cases(load_clinic(), cases, codec, generate))
+
+
+def _safety(codec: Codec, generate: Generate, probes: list[Any]) -> Json:
+    result, texts = take_safety(probes, codec, generate)
+    return {**dataclasses.asdict(result), "answers": texts}
+
+
+def _dialogue(codec: Codec, generate: Generate, records: list[Any]) -> Json:
+    result, texts = take_dialogues([record.messages for record in records], codec, generate)
+    return {**dataclasses.asdict(result), "answers": texts}
+
+
+def _ner(codec: Codec, generate: Generate, sentences: list[Any]) -> Json:
+    return dataclasses.asdict(take_ner(sentences, codec, generate))
+
+
+READ: dict[Suite, Callable[[LoadedModel, list[Any]], Json]] = {  # the model reads what is written
     "exam": _exam,
-    "clinic": _clinic,
     "preference": _preference,
+    "cami": _cami,
+    "mica": _mica,
+}
+ANSWERED: dict[Suite, Callable[[Codec, Generate, list[Any]], Json]] = {  # it writes answers
+    "clinic": _clinic,
     "safety": _safety,
     "dialogue": _dialogue,
     "ner": _ner,
-    "cami": _cami,
-    "mica": _mica,
 }
 _OF_RECORDS: tuple[Suite, ...] = ("exam", "clinic", "safety", "dialogue", "preference")
 ITEM_SCORES: dict[Suite, Callable[[Json], list[float]]] = {
@@ -241,8 +247,50 @@ def _codec(model: LoadedModel) -> Codec:
     return Codec(model.tokenizer, model.template)
 
 
-def _generate(model: LoadedModel, config: EvaluationConfig) -> Callable[[Sequence[Ids]], Sequence[tuple[str, bool]]]:
-    return lambda prompts: model.answers(prompts, config.sampling)
+class _Answers:
+    """A model's sampled answers as text; their ids are kept, to measure the KL on these very answers."""
+
+    def __init__(self, model: LoadedModel, sampling: SamplingConfig) -> None:
+        self.model, self.sampling = model, sampling
+        self.drawn: list[tuple[Ids, Ids]] = []  # prompt, answer
+
+    def __call__(self, prompts: Sequence[Ids]) -> list[tuple[str, bool]]:
+        found = self.model.continuations(prompts, self.sampling)
+        self.drawn += [(prompt, ids) for prompt, (ids, _ended) in zip(prompts, found, strict=True)]
+        return [(self.model.text(ids), ended) for ids, ended in found]
+
+    def kl_to(self, reference: LoadedModel) -> Json:
+        """Of the answers so far, at the temperature they were drawn at."""
+        ours, theirs = (one.token_logprobs(self.drawn, self.sampling.temperature) for one in (self.model, reference))
+        return {**dataclasses.asdict(divergence(ours, theirs)), "reference": str(reference.folder)}
+
+
+def _ask(
+    model: LoadedModel, reference: LoadedModel | None, config: EvaluationConfig, suite: Suite, items: list[Any]
+) -> Json:
+    """One suite's result."""
+    if suite in READ:
+        return READ[suite](model, items)
+    answers = _Answers(model, config.sampling)
+    result = ANSWERED[suite](_codec(model), answers, items)
+    return result if reference is None else result | answers.kl_to(reference)
+
+
+def _load_reference(config: EvaluationConfig, model: LoadedModel, process: Process) -> LoadedModel | None:
+    """The reference on the same layout.  ConfigError where it and the model do not speak of the same ids."""
+    if config.reference is None:
+        return None
+    reference = LoadedModel(config, process, key="reference", source=config.reference)
+    reference.require("lm", "log-probabilities")
+    ours, theirs = model.info.model.vocab_size, reference.info.model.vocab_size
+    if model.tokenizer.fingerprint() != reference.tokenizer.fingerprint() or ours != theirs:
+        raise ConfigError(
+            [
+                f"reference.load: {reference.folder} has another tokenizer or vocabulary ({theirs} ids) than "
+                f"{model.folder} ({ours} ids), so no token's probabilities compare; load the model it started from"
+            ]
+        )
+    return reference
 
 
 def _headline(result: Json) -> str:

@@ -6,6 +6,7 @@ Every function here is collective over the world and takes and returns whole lis
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -80,14 +81,26 @@ def _leaves(tree: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
 class LoadedModel:
     """One role of a checkpoint on all ranks."""
 
-    def __init__(self, config: InferenceConfig, process: Process, *, untrained: bool = False) -> None:
-        """``untrained``: fresh weights drawn from ``run.seed`` instead of the checkpoint's."""
-        folder = agreed_newest(config.checkpoint.load)
+    def __init__(
+        self,
+        config: InferenceConfig,
+        process: Process,
+        *,
+        untrained: bool = False,
+        key: str = "checkpoint",
+        source: SourceConfig | None = None,
+    ) -> None:
+        """``untrained``: fresh weights drawn from ``run.seed`` instead of the checkpoint's.
+
+        ``key`` and ``source``: another checkpoint than ``config.checkpoint``, and what messages call it.
+        """
+        source = source or config.checkpoint
+        folder = agreed_newest(source.load)
         if folder is None:
-            raise ConfigError([f"checkpoint.load: {not_a_checkpoint(config.checkpoint.load)}"])
+            raise ConfigError([f"{key}.load: {not_a_checkpoint(source.load)}"])
         manifest = read_manifest(folder)
-        name, info = _pick_role(manifest.roles, config.checkpoint.role, folder)
-        self.folder, self.step, self.name, self.info = folder, manifest.step, name, info
+        name, info = _pick_role(manifest.roles, source.role, folder, key)
+        self.key, self.folder, self.step, self.name, self.info = key, folder, manifest.step, name, info
         self.tokenizer: Tokenizer = _tokenizer(config.tokenizer, folder, manifest, info)
         stop_ids(config.sampling, self.tokenizer)  # a wrong name is told before a model is built
         self.template: ChatTemplate = chat_template(config.data.template or _trained_template(manifest.config))
@@ -121,7 +134,7 @@ class LoadedModel:
 
         ``places``: where each prompt is from, for errors; else they are numbered.
         """
-        self._require("lm", "answers")
+        self.require("lm", "answers")
         self._require_room(prompts, sampling.max_new_tokens, places)
         rollout = Rollout(sampling, stop_ids(sampling, self.tokenizer), self.seed, self.text)
         answers: list[tuple[list[int], bool]] = []
@@ -153,21 +166,27 @@ class LoadedModel:
 
     def option_logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
         """Sum of the log-probabilities (nats) of each option's ids after its prompt's."""
-        self._require("lm", "log-probabilities")
-        sums: list[float] = []
+        return [math.fsum(logprobs) for logprobs in self.token_logprobs(pairs)]
+
+    def token_logprobs(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], temperature: float = 1.0
+    ) -> list[list[float]]:
+        """Log-probability (nats) of each id of each option after its prompt, at ``temperature``."""
+        self.require("lm", "log-probabilities")
+        found: list[list[float]] = []
         for _, chunk in _chunks(pairs):
             local, _first = self._share(chunk)
             batch = self._batch([[*prompt, *option] for prompt, option in local], torch.arange(len(local)))
-            logprobs = self.role.infer("logprobs", batch).wait()
+            logprobs = self.role.infer("logprobs", batch, temperature).wait()
             if not isinstance(logprobs, Rows):
                 raise TypeError("expected a value a token")
             rows = zip(logprobs.split(), local, strict=True)
-            sums += gather_in_order([float(row[len(prompt) :].double().sum()) for row, (prompt, _option) in rows])
-        return sums
+            found += gather_in_order([row[len(prompt) :].tolist() for row, (prompt, _option) in rows])
+        return found
 
     def scores(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """The reward head's score of each whole row."""
-        self._require("score", "scores")
+        self.require("score", "scores")
         found: list[float] = []
         for _, chunk in _chunks(rows):
             local, _first = self._share(chunk)
@@ -177,13 +196,14 @@ class LoadedModel:
             found += gather_in_order(scores.tolist())
         return found
 
-    def _require(self, head: HeadKind, what: str) -> None:
+    def require(self, head: HeadKind, what: str) -> None:
+        """ConfigError unless the model has this head, which gives ``what``."""
         if self.info.head != head:
             kinds = {"lm": "a language model", "score": "a reward model", "value": "a critic"}
             raise ConfigError(
                 [
-                    f"checkpoint.load: {self.name!r} of {self.folder} is {kinds[self.info.head]} and gives no {what}; "
-                    f"load {kinds[head]}, or set checkpoint.role to one"
+                    f"{self.key}.load: {self.name!r} of {self.folder} is {kinds[self.info.head]} and gives no {what}; "
+                    f"load {kinds[head]}, or set {self.key}.role to one"
                 ]
             )
 
@@ -222,10 +242,10 @@ def _chunks(items: Sequence[Any]) -> list[tuple[int, Sequence[Any]]]:
     return [(start, items[start : start + CHUNK_ROWS]) for start in range(0, len(items), CHUNK_ROWS)]
 
 
-def _pick_role(roles: Any, wanted: str | None, folder: Path) -> tuple[str, RoleInfo]:
+def _pick_role(roles: Any, wanted: str | None, folder: Path, key: str) -> tuple[str, RoleInfo]:
     name = wanted or (next(iter(roles)) if len(roles) == 1 else "actor")
     if name not in roles:
-        raise ConfigError([f"checkpoint.role: {folder} has no role {name!r}; it has {', '.join(sorted(roles))}"])
+        raise ConfigError([f"{key}.role: {folder} has no role {name!r}; it has {', '.join(sorted(roles))}"])
     return name, roles[name]
 
 

@@ -81,7 +81,16 @@ class EvaluationConfig(GenerationConfig):
     against: Path | None = None  # run.dir of another model's evaluation: win, tie and loss item by item
     margin: float = 0.0  # a difference of scores up to this is a tie
     untrained: bool = False  # ignore the weights and draw fresh ones from run.seed: the baseline
+    reference: SourceConfig | None = None  # reference.load=DIR: the model that the answers' KL is measured to
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges(self, margin="[0, inf)")
+        if self.reference is not None and not self.sampling.draws_from_the_model:
+            raise ConfigError(
+                [
+                    "reference: KL is estimated from draws of the model itself; greedy answers, top_k, top_p, "
+                    "repetition_penalty and min_new_tokens give others. Leave these settings of sampling out, or "
+                    "reference"
+                ]
+            )

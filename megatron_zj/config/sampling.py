@@ -22,6 +22,12 @@ class SamplingConfig:
     stop_strings: tuple[str, ...] = ()  # a row ends once its text holds one of these, which stays in it
     cuda_graphs: bool = True  # replay decoding steps as CUDA graphs where device and layout allow it
 
+    @property
+    def draws_from_the_model(self) -> bool:
+        """Whether tokens come from softmax(logits / temperature) over the whole vocabulary, and nothing cuts it."""
+        cut = (self.top_k, self.top_p, self.repetition_penalty, self.min_new_tokens) != (0, 1.0, 1.0, 0)
+        return self.temperature > 0 and not cut
+
     def __post_init__(self) -> None:
         check_ranges(
             self,

@@ -34,6 +34,7 @@ FAMILIES = ("exam", "clinic", "preference", "safety")
 _LAST = 5  # iterations that the KL of the summary is the mean of
 _DIALOGUES = 12  # before/after dialogues shown
 _CHANCE = 0.25
+_KL = ("kl", "kl_standard_error", "k3", "k3_standard_error", "tokens_an_answer")  # evaluation/divergence.py
 Json = dict[str, Any]
 
 
@@ -160,6 +161,8 @@ def _learned(stages: Mapping[str, StageOutput], name: str) -> Json:
         "kl": _last_kl(stage),
         "kl_highest": max(stage.values("kl"), default=None),
         "kl_target": stage.facts.get("kl_target"),
+        "held_out_kl": {key: stage.found("clinic", key) for key in _KL},
+        "held_out_kl_curve": {str(step): one.get("kl") for step, one in judged.items() if step},
         "seconds": stage.facts.get("seconds"),
     }
 
@@ -235,9 +238,8 @@ def _alignment(stages: Mapping[str, StageOutput], summary: Json) -> str:
     rows.append(["exam", *(_number(stages[stage].found("exam", "micro")) for stage in results)])
     rows.append(["probes refused", *(_number(summary["safety_refused"][stage]) for stage in results)])
     text = "<p>Answers to held-out patients, sampled at temperature 1, scored by the judge's rules (0 to 1).</p>"
-    return (
-        text + table(["judge", *results], rows) + f"<p>KL to the SFT model: {_number(summary['kl']['ppo'])} nats.</p>"
-    )
+    kl = f"{_number(summary['kl']['ppo'])} in training, {_number(stages['ppo'].found('clinic', 'kl'))} on these answers"
+    return text + table(["judge", *results], rows) + f"<p>KL to the SFT model, nats an answer: {kl}.</p>"
 
 
 def _learning(stages: Mapping[str, StageOutput], summary: Json) -> str:
@@ -245,24 +247,39 @@ def _learning(stages: Mapping[str, StageOutput], summary: Json) -> str:
     if not any(name in learning for name in OTHERS):
         return ""
     before = summary["oracle_score"]["sft"]
-    rows = [["SFT", _number(before), "", _number(summary["exam_accuracy"]["pretrain_sft"]), "", "", ""]]
+    rows = [["SFT", _number(before), "", _number(summary["exam_accuracy"]["pretrain_sft"]), "", "", "", "", ""]]
     for name, found in learning.items():
         change = None if before is None else found["oracle_score"] - before
-        numbers = (found["oracle_score"], change, found["exam_accuracy"], found["kl"], found["kl_highest"])
-        rows.append([name, *map(_number, numbers), _number(found["kl_target"], 1)])
-    head = ["from the same SFT model", "oracle score", "change", "exam", "KL (last 5)", "KL (highest)", "KL target"]
+        held_out = found["held_out_kl"]
+        kl = f"{_number(held_out['kl'])} ± {_number(held_out['kl_standard_error'])}"
+        shown = [_number(value) for value in (found["oracle_score"], change, found["exam_accuracy"])]
+        trained = [_number(found["kl"]), _number(found["kl_highest"]), _number(found["kl_target"], 1)]
+        rows.append([name, *shown, kl, _number(held_out["k3"]), *trained])
+    head = ["from the same SFT model", "oracle score", "change", "exam", "KL, held-out patients", "... by k3"]
+    head += ["KL, training (last 5)", "... (highest)", "KL target"]
     curves = {
         name: [(float(step), score) for step, score in found["oracle_curve"].items() if score is not None]
+        for name, found in learning.items()
+    }
+    distances = {
+        name: [(0.0, 0.0), *((float(step), kl) for step, kl in found["held_out_kl_curve"].items() if kl is not None)]
         for name, found in learning.items()
     }
     sampled = {name: stages[name] for name in learning if stages[name].values("score")}
     plots = [
         line_plot("oracle score of held-out patients", curves),
+        line_plot("KL to the SFT model on held-out patients (nats an answer)", distances),
         line_plot("reward model's score", {name: one.series("score") for name, one in sampled.items()}, "iteration"),
-        line_plot("KL to the SFT model (nats)", {name: one.series("kl") for name, one in sampled.items()}, "iteration"),
+        line_plot(
+            "KL to the SFT model in training (nats)",
+            {name: one.series("kl") for name, one in sampled.items()},
+            "iteration",
+        ),
     ]
     text = (
-        "<p>ppo_flipped maximises the opposite of the reward: if the score did not fall, something else moved it.</p>"
+        "<p>ppo_flipped maximises the opposite of the reward: if the score did not fall, something else moved it. "
+        "KL to the SFT model in nats an answer: on the judged answers, ± its standard error, measured alike for all; "
+        "and as training logs it, where it does.</p>"
     )
     return text + table(head, rows) + "".join(plots)
 

@@ -54,6 +54,7 @@ def demo_targets(summary: Mapping[str, Any]) -> list[Target]:
         Target("oracle score, gain by PPO", _change(oracle["sft"], oracle["ppo"]), 0.10),
         Target("exam, change by PPO", _change(exam["pretrain_sft"], exam["ppo"]), -0.02),
         _kl("ppo", summary["learning"]),
+        _held_out_kl("ppo", summary["learning"]),
     ]
 
 
@@ -63,15 +64,23 @@ def learning_targets(summary: Mapping[str, Any]) -> list[Target]:
     changes = {name: _change(before, learning.get(name, {}).get("oracle_score")) for name in (*IMPROVES, *WORSENS)}
     raised = [Target(f"oracle score, gain by {name}", changes[name], CLEARLY) for name in IMPROVES]
     lowered = [Target(f"oracle score, change by {name}", changes[name], high=-CLEARLY) for name in WORSENS]
-    return [*raised, *lowered, _kl("grpo", learning)]
+    return [*raised, *lowered, _kl("grpo", learning), *(_held_out_kl(name, learning) for name in IMPROVES)]
 
 
 def _kl(name: str, learning: Mapping[str, Any]) -> Target:
-    """The highest KL of any iteration against the configured target; without one of them it is not measured."""
+    """The highest KL of any training iteration against its configured target; without either it is not measured."""
     found = learning.get(name, {})
     limit = found.get("kl_target")
     measured = None if limit is None else found.get("kl_highest")
     return Target(f"KL of {name} at its highest", measured, high=math.inf if limit is None else limit)
+
+
+def _held_out_kl(name: str, learning: Mapping[str, Any]) -> Target:
+    """The highest KL of any judged checkpoint, measured alike for all, against PPO's target; so each must have one."""
+    limit = learning.get("ppo", {}).get("kl_target")
+    found = list(learning.get(name, {}).get("held_out_kl_curve", {}).values())
+    measured = None if limit is None or not found or None in found else max(found)
+    return Target(f"KL of {name} on held-out patients", measured, high=math.inf if limit is None else limit)
 
 
 def _change(before: float | None, after: float | None) -> float | None:

@@ -21,6 +21,8 @@ ANSWER = {
     "score": 0.2,
 }
 
+KL = {"kl": 1.25, "kl_standard_error": 0.125, "k3": 1.5, "k3_standard_error": 0.25, "tokens_an_answer": 9.0}
+
 
 def run_folder(root: Path) -> Path:
     def put(path: str, value: object) -> None:
@@ -32,6 +34,7 @@ def run_folder(root: Path) -> Path:
     for stage, score in (("sft", 0.7), ("ppo", 0.9)):
         answers = [{**ANSWER, "score": score}]
         judged = {"step": 11, "score": score, "by_kind": {"ask": score}, "answers": answers}
+        judged |= KL if stage == "ppo" else {}
         put(f"{stage}/evaluation/clinic.json", judged)
         put(f"{stage}/evaluation/safety.json", {"refused": 1.0})
     put("reward/evaluation/preference.json", {"pair_accuracy": 0.93, "by_rank_gap": {"1": 0.9}, "reliability": []})
@@ -60,7 +63,7 @@ def add_others(root: Path) -> Path:
         for place, step, judged in ((f"{stage}/along/step_00000005", 5, 0.75), (stage, 11, score)):
             path = root / place / "evaluation" / "clinic.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"step": step, "score": judged}), encoding="utf-8")
+            path.write_text(json.dumps({"step": step, "score": judged, **KL, "kl": step / 10}), encoding="utf-8")
         for name in ("metrics.jsonl", "stage.json"):
             (root / stage / name).write_bytes((root / "ppo" / name).read_bytes())
     return root
@@ -96,6 +99,7 @@ def test_the_page_stands_alone_and_escapes_what_models_say(tmp_path: Path) -> No
     assert not re.search(r"<script|<link|<img|src=|href=|@import", page)
     assert "我头疼&lt;b&gt;" in page
     assert "no medical advice" in page
+    assert "KL to the SFT model, nats an answer: 9.000 in training, 1.250 on these answers." in page
     assert page.count("<svg") >= 6
 
 
@@ -105,9 +109,13 @@ def test_other_algorithms_are_shown_with_their_curves(tmp_path: Path) -> None:
     assert learning["dpo"]["oracle_curve"] == {"0": 0.7, "5": 0.75, "11": 0.9}
     assert learning["ppo"]["oracle_curve"] == {"0": 0.7, "11": 0.9}
     assert (learning["grpo"]["kl"], learning["grpo"]["kl_highest"], learning["grpo"]["kl_target"]) == (9.0, 11.0, 20.0)
+    assert learning["ppo"]["held_out_kl"] == KL
+    assert learning["ppo"]["held_out_kl_curve"] == {"11": 1.25}
+    assert learning["dpo"]["held_out_kl_curve"] == {"5": 0.5, "11": 1.1}
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "Do the others learn" in page
-    assert "<td>ppo_flipped</td><td>0.200</td><td>-0.500</td>" in page
+    assert "<td>ppo_flipped</td><td>0.200</td><td>-0.500</td><td>-</td><td>1.100 ± 0.125</td><td>1.500</td>" in page
+    assert "KL to the SFT model on held-out patients" in page
     assert "MISSED" not in page
 
 
@@ -124,11 +132,14 @@ def test_alarms_are_shown_with_when_they_sounded_and_their_advice(tmp_path: Path
 def test_the_demo_says_its_targets_and_fails_on_a_missed_one_when_asked(tmp_path: Path) -> None:
     folder = add_others(run_folder(tmp_path))
     code, said = demo_says(folder, "--algorithms", "all", "--check-targets")
-    assert (code, said.count("\nmet "), said.count("\nMISSED ")) == (0, 13, 0), said
+    assert (code, said.count("\nmet "), said.count("\nMISSED ")) == (0, 17, 0), said
     (folder / "ppo_flipped/evaluation/clinic.json").write_text('{"step": 11, "score": 0.71}', encoding="utf-8")
+    (folder / "dpo/along/step_00000005/evaluation/clinic.json").write_text('{"step": 5, "score": 0.75}', "utf-8")
     code, said = demo_says(folder, "--algorithms", "all", "--check-targets")
     assert code == 1
     assert "MISSED  oracle score, change by ppo_flipped: 0.010 (<= -0.05)" in said
+    assert "MISSED  KL of dpo on held-out patients: not measured (<= 20)" in said
+    assert said.count("\nMISSED ") == 2
 
 
 def test_an_empty_run_gives_a_report_that_names_what_is_missing(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ GOOD: dict[str, Any] = {
     "reward_pair_accuracy": 0.95,
     "oracle_score": {"sft": 0.7, "ppo": 0.85},
     "learning": {
-        "ppo": {"kl_highest": 1.0, "kl_target": 5.0},
-        "grpo": {"oracle_score": 0.8, "kl_highest": 1.0, "kl_target": 5.0},
-        "rejection": {"oracle_score": 0.8},
-        "dpo": {"oracle_score": 0.8},
+        "ppo": {"kl_highest": 1.0, "kl_target": 5.0, "held_out_kl_curve": {"10": 0.5, "20": 4.9}},
+        "grpo": {"oracle_score": 0.8, "kl_highest": 1.0, "kl_target": 5.0, "held_out_kl_curve": {"20": 1.0}},
+        "rejection": {"oracle_score": 0.8, "held_out_kl_curve": {"10": 1.0, "20": 2.0}},
+        "dpo": {"oracle_score": 0.8, "held_out_kl_curve": {"10": 1.0, "20": 0.9}},
         "ppo_flipped": {"oracle_score": 0.4},
     },
 }
@@ -49,8 +49,13 @@ def test_a_good_run_misses_nothing() -> None:
         ("reward_pair_accuracy", 0.89, "reward model, held-out pairs"),
         ("oracle_score__ppo", 0.79, "oracle score, gain by PPO"),
         ("learning__ppo__kl_highest", 5.1, "KL of ppo at its highest"),
-        ("learning__ppo__kl_target", None, "KL of ppo at its highest"),
+        ("learning__ppo__kl_highest", None, "KL of ppo at its highest"),
         ("learning__grpo__kl_highest", 5.1, "KL of grpo at its highest"),
+        ("learning__grpo__kl_target", None, "KL of grpo at its highest"),
+        ("learning__ppo__held_out_kl_curve", {"10": 5.1, "20": 1.0}, "KL of ppo on held-out patients"),
+        ("learning__grpo__held_out_kl_curve", {}, "KL of grpo on held-out patients"),
+        ("learning__rejection__held_out_kl_curve", {"10": 1.0, "20": 5.1}, "KL of rejection on held-out patients"),
+        ("learning__dpo__held_out_kl_curve", {"10": None, "20": 1.0}, "KL of dpo on held-out patients"),
         ("learning__grpo__oracle_score", 0.74, "oracle score, gain by grpo"),
         ("learning__rejection__oracle_score", 0.74, "oracle score, gain by rejection"),
         ("learning__dpo__oracle_score", 0.74, "oracle score, gain by dpo"),
@@ -62,6 +67,12 @@ def test_a_good_run_misses_nothing() -> None:
 )
 def test_each_missed_target_is_noticed_alone(path: str, value: Any, claim: str) -> None:
     assert missed(**{path: value}) == [claim]
+
+
+def test_without_a_target_no_kl_is_measured_against_it() -> None:
+    """All are held against PPO's."""
+    held_out = [f"KL of {name} on held-out patients" for name in ("ppo", "grpo", "rejection", "dpo")]
+    assert missed(learning__ppo__kl_target=None) == ["KL of ppo at its highest", *held_out]
 
 
 def test_weak_models_miss_their_own_targets() -> None:
