@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+from datetime import timedelta
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from megatron_zj.config.optim import EngineConfig
 from megatron_zj.config.parallel import ParallelConfig
@@ -68,3 +72,39 @@ def test_an_offloaded_engine_holds_no_memory_and_trains_the_same_bits(engine: En
         assert before > 50_000
         assert during == 0
         assert history == plain[rank][0]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_memory_is_freed_and_copies_beside_the_computing_change_no_bit() -> None:
+    """Two models of 3 million parameters in turn; each leaves while the other learns."""
+    model = dataclasses.replace(
+        training.MODEL, hidden_size=256, ffn_hidden_size=768, num_attention_heads=4, max_position_embeddings=64
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        store = dist.FileStore(f"{folder}/store", 1)
+        dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1, timeout=timedelta(seconds=60))
+        try:
+            grid, parallel = RankGrid.from_config(ParallelConfig(), 0, 1), ParallelConfig()
+            groups = create_groups({"all": grid}, {"all": parallel}, 60)["all"]
+            assert groups is not None
+            device, histories, allocated = torch.device("cuda"), [], []
+            for beside in (None, False, True):
+                pair = [
+                    build_engine(model, "lm", groups, PLAIN, training.OPTIM, 8, device, training.SEED + one)
+                    for one in range(2)
+                ]
+                histories.append([])
+                for step in range(3):
+                    for mine, other in (pair, pair[::-1]):
+                        if beside is not None:
+                            other.offload(beside=beside)
+                        histories[-1].append(mine.update(training.Squares("lm"), training.global_batch(step)))
+                        other.settle()
+                        if beside is not None:
+                            assert _held(other) == 0
+                allocated.append(torch.cuda.memory_allocated())
+                del pair, mine, other
+            assert max(allocated[1:]) < 0.7 * allocated[0]  # one of the two models, and what does not leave
+            assert histories[0] == histories[1] == histories[2]
+        finally:
+            dist.destroy_process_group()
