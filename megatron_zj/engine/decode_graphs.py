@@ -54,7 +54,7 @@ class CudaGraph:
         """Launch them.  Raises RuntimeError when the other ranks do not join."""
         self._graph.replay()
         if self._timeout is not None:
-            done = torch.cuda.Event()
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
             await_ranks(done.query, self._timeout)
 

@@ -105,7 +105,7 @@ class _Beside:
         if device is None:
             self._thread = self._thread or ThreadPoolExecutor(1, "offload")
             return self._thread.submit(_copy_all, pairs).result
-        self._stream = self._stream or torch.cuda.Stream(device)
+        self._stream = self._stream or torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(device))  # writes before it; who had the memory before
         with torch.cuda.stream(self._stream):
             _copy_all(pairs, non_blocking=True)
