@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from megatron_zj.config.data import TokenizerConfig
 from megatron_zj.data.prepare import PrepareConfig, TextConfig, prepare
 from megatron_zj.data.vocabulary import train_sentencepiece
 from megatron_zj.evaluation.clinic.files import write_demo
+from tests.helpers.processes import Family
 from tests.train import stages
 
 pytestmark = pytest.mark.slow
@@ -36,11 +37,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_sentencepiece(lines[::8], vocab_size=2048, special_tokens=("<human>", "<bot>")).save(made / "tokenizer")
     text = TextConfig(files=(str(made / "data/encyclopaedia.jsonl"),))
     prepare(PrepareConfig(tokenizer=TokenizerConfig(path=made / "tokenizer"), data=text, out=made / "text"))
-    _wait([_agent(["launch/local.sh", "2"], made, "one", CORES[:2])])
+    with Family() as family:
+        _wait([_agent(family, ["launch/local.sh", "2"], made, "one", CORES[:2])])
     return made
 
 
-def _agent(launcher: list[str], folder: Path, run: str, cores: list[int]) -> subprocess.Popen[str]:
+@pytest.fixture
+def family() -> Iterator[Family]:
+    """Agents and workers of one test, which end with it."""
+    with Family() as family:
+        yield family
+
+
+def _agent(family: Family, launcher: list[str], folder: Path, run: str, cores: list[int]) -> subprocess.Popen[str]:
     """``cores``: of this node.  One a rank everywhere: with more threads a product rounds differently."""
     overrides = [
         "experiment=demo/pretrain",
@@ -56,31 +65,30 @@ def _agent(launcher: list[str], folder: Path, run: str, cores: list[int]) -> sub
     environment = {name: value for name, value in os.environ.items() if name not in unset}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "PYTHON": sys.executable}
     environment |= {"LOCAL_ADDR": "127.0.0.1", "MAX_RESTARTS": "2"}
-    return subprocess.Popen(
+    return family.start(
         [*launcher, *overrides],
+        environment,
         cwd=ROOT,
-        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
         preexec_fn=lambda: os.sched_setaffinity(0, cores),
     )
 
 
-def _node(number: int, port: int, folder: Path, run: str) -> subprocess.Popen[str]:
+def _node(family: Family, number: int, port: int, folder: Path, run: str) -> subprocess.Popen[str]:
     """The agent of one of two nodes, each with one worker and one core."""
     launcher = ["launch/multinode.sh", "2", "1", f"127.0.0.1:{port}"]
-    return _agent(launcher, folder, run, [CORES[number % len(CORES)]])
+    return _agent(family, launcher, folder, run, [CORES[number % len(CORES)]])
 
 
-def _two_nodes(folder: Path, run: str) -> tuple[subprocess.Popen[str], subprocess.Popen[str], int]:
+def _two_nodes(family: Family, folder: Path, run: str) -> tuple[subprocess.Popen[str], subprocess.Popen[str], int]:
     """Both agents, and the port of the meeting point, which the first one holds."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    head = _node(0, port, folder, run)
+    head = _node(family, 0, port, folder, run)
     _until(lambda: _listens(port) or head.poll() is not None)
-    return head, _node(1, port, folder, run), port
+    return head, _node(family, 1, port, folder, run), port
 
 
 def _listens(port: int) -> bool:
@@ -96,11 +104,7 @@ def _until(condition: Callable[[], bool], seconds: float = 200.0) -> None:
 
 
 def _wait(agents: list[subprocess.Popen[str]], timeout: float = 240.0) -> None:
-    try:
-        outputs = [agent.communicate(timeout=timeout)[0] for agent in agents]
-    finally:
-        for agent in agents:
-            agent.kill()
+    outputs = [agent.communicate(timeout=timeout)[0] for agent in agents]
     for agent, output in zip(agents, outputs, strict=True):
         assert agent.returncode == 0, output[-4000:]
 
@@ -127,29 +131,44 @@ def _kill_in_mid_run(pids: list[int], folder: Path, run: str) -> None:
     assert not _manifest(folder, run, STEPS).exists(), "the run was over before the kill"
 
 
-def test_two_agents_train_as_one(folder: Path) -> None:
-    head, other, _port = _two_nodes(folder, "two")
+def test_two_agents_train_as_one(family: Family, folder: Path) -> None:
+    head, other, _port = _two_nodes(family, folder, "two")
     _wait([head, other])
     _check_equal(folder, "two")
 
 
-def test_a_killed_worker_comes_back_and_goes_on_to_the_bit(folder: Path) -> None:
-    head, other, _port = _two_nodes(folder, "worker")
+def _failing_test(family: Family, folder: Path) -> None:
+    with family:
+        agents = _two_nodes(family, folder, "failed")[:2]
+        _until(lambda: all(_children(agent.pid) for agent in agents))
+        assert len(family.members()) >= 4
+        _until(lambda: False, seconds=0.1)
+
+
+def test_agents_and_their_workers_end_with_a_test_that_fails(folder: Path) -> None:
+    family = Family()
+    with pytest.raises(AssertionError, match="waited in vain"):
+        _failing_test(family, folder)
+    assert family.members() == []
+
+
+def test_a_killed_worker_comes_back_and_goes_on_to_the_bit(family: Family, folder: Path) -> None:
+    head, other, _port = _two_nodes(family, folder, "worker")
     _until(_manifest(folder, "worker", EVERY).is_file)
     _kill_in_mid_run(_children(other.pid), folder, "worker")
     _wait([head, other])
     _check_equal(folder, "worker")
 
 
-def test_a_killed_node_that_is_started_again_goes_on_to_the_bit(folder: Path) -> None:
+def test_a_killed_node_that_is_started_again_goes_on_to_the_bit(family: Family, folder: Path) -> None:
     """Agent and worker die at once, as when a machine does.  With one store for rendezvous and workers this hangs;
     with two it trains again within a minute of its start."""
-    head, other, port = _two_nodes(folder, "node")
+    head, other, port = _two_nodes(family, folder, "node")
     _until(_manifest(folder, "node", EVERY).is_file)
     _kill_in_mid_run([other.pid, *_children(other.pid)], folder, "node")
     other.communicate()
     assert head.poll() is None  # it waits for the other node
-    saved, other = _newest(folder, "node"), _node(1, port, folder, "node")
+    saved, other = _newest(folder, "node"), _node(family, 1, port, folder, "node")
     _until(lambda: _newest(folder, "node") > saved, REJOIN_SECONDS)
     _wait([head, other])
     _check_equal(folder, "node")
