@@ -119,7 +119,9 @@ def plain_reward(options: dict[str, Any], dtype: torch.dtype = torch.float32) ->
     for step in range(STEPS):
         loss, metrics = _reward_loss(model, options, _groups(step))
         norm, rate = step_optimizer(model, optimizer, loss, step)
-        history.append(metrics | {"loss": float(loss.detach()), "grad_norm": norm, "lr": rate})
+        weight = sum(bool(_ordered(responses)) for _, responses in _groups(step))
+        update = {"loss": float(loss.detach()), "weight": float(weight), "grad_norm": norm, "lr": rate}
+        history.append(metrics | update)
     with torch.no_grad():
         loss, metrics = _reward_loss(model, options, RANKINGS)
     return [*history, metrics | {"loss": float(loss)}, weights_of({"reward": model}, ["reward"])]
