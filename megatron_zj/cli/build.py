@@ -27,7 +27,7 @@ from megatron_zj.config.loader import ConfigError, to_dict
 from megatron_zj.config.run import RunConfig
 from megatron_zj.config.sampling import SamplingConfig
 from megatron_zj.data.errors import DataError
-from megatron_zj.data.sources import verify_prepared
+from megatron_zj.data.sources import verify_inputs
 from megatron_zj.data.stream import Stream, build_stream
 from megatron_zj.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_zj.engine.build import build_engine
@@ -126,13 +126,13 @@ def checked_tokenizer(config: RunConfig) -> Tokenizer:
 def build_streams(config: RunConfig, tokenizer: Tokenizer) -> tuple[Stream, Stream | None]:
     """Training data, and validation data where there is some.
 
-    Prepared files are read once, a share on each rank: damage that one rank finds is raised on all, before a damaged
-    index is opened anywhere.  Collective over the world.
+    Files that are mapped are read once, a share on each rank: damage that one rank finds is raised on all, before a
+    damaged index is opened anywhere.  Collective over the world.
     """
     world, damage = World.current(), None
     first = world.rank == 0
     try:
-        verify_prepared(config.data, tokenizer, world.rank, world.size, progress=first)
+        verify_inputs(config.data, tokenizer, world.rank, world.size, progress=first)
     except DataError as error:
         damage = str(error)
     for complaint in filter(None, gather(damage)):

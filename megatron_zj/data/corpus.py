@@ -11,19 +11,22 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from megatron_zj.data.batch import Batch, Rows
 from megatron_zj.data.errors import DataError
 from megatron_zj.data.order import Draw, KeyedPermutation
+from megatron_zj.data.prepared import QUIET_SECONDS
 from megatron_zj.data.store import open_indexed, read_tokens
 
 Split = Literal["train", "validation"]
+_CHUNK = 1 << 24  # ids read at once by check_ids
 
 
 class DocumentTokens:
@@ -60,7 +63,7 @@ class DocumentTokens:
             if stop > first:
                 item = np.dtype(dataset.index.dtype).itemsize
                 ids = read_tokens(dataset, (first - begin) * item, stop - first).astype(np.int64)
-                self._check(ids, shard)
+                _check_ids(ids, self._prefixes[shard], self._vocab_size)
                 parts.append(ids)
             first, shard = max(first, stop), shard + 1
         return torch.from_numpy(np.concatenate(parts))
@@ -71,13 +74,37 @@ class DocumentTokens:
         document = int(np.searchsorted(self.starts, position, side="right")) - 1
         return f"{self._prefixes[shard]}.bin, document {document} of its dataset"
 
-    def _check(self, ids: NDArray[np.int64], shard: int) -> None:
-        if int(ids.max()) >= self._vocab_size or int(ids.min()) < 0:
-            worst = int(ids.max()) if int(ids.max()) >= self._vocab_size else int(ids.min())
-            raise DataError(
-                f"{self._prefixes[shard]}.bin holds token id {worst}, outside the vocabulary of {self._vocab_size}\n"
-                "  -> it was prepared with another tokenizer: prepare it again, or set tokenizer.path to that one"
-            )
+
+def check_ids(
+    prefixes: Sequence[Path], vocab_size: int, rank: int = 0, world_size: int = 1, *, progress: bool = False
+) -> None:
+    """Read this rank's share of the ids of datasets that nobody vouches for, chunks in turn.
+
+    Raises DataError naming the file for what ``open_indexed`` refuses, and for an id outside the vocabulary.
+    ``progress``: a bar where it takes seconds.
+    """
+    datasets = [open_indexed(prefix) for prefix in prefixes]
+    chunks = [
+        (number, first, size)
+        for number, dataset in enumerate(datasets)
+        for size in [int(dataset.sequence_lengths.sum(dtype=np.int64))]
+        for first in range(0, size, _CHUNK)
+    ]
+    mine = chunks[rank::world_size]
+    for number, first, size in tqdm(mine, desc="checking ids", delay=QUIET_SECONDS, disable=not progress):
+        item = np.dtype(datasets[number].index.dtype).itemsize
+        ids = read_tokens(datasets[number], first * item, min(_CHUNK, size - first))
+        _check_ids(ids, prefixes[number], vocab_size)
+
+
+def _check_ids(ids: NDArray[np.integer[Any]], prefix: Path, vocab_size: int) -> None:
+    lowest, highest = int(ids.min()), int(ids.max())
+    if highest >= vocab_size or lowest < 0:
+        raise DataError(
+            f"{prefix}.bin holds token id {highest if highest >= vocab_size else lowest}, outside the vocabulary of "
+            f"{vocab_size}\n"
+            "  -> it was prepared with another tokenizer: prepare it again, or set tokenizer.path to that one"
+        )
 
 
 class SampleSet:

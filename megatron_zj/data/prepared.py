@@ -20,7 +20,7 @@ JOB = "job.json"
 TOKENIZER = "tokenizer"
 SHARDS = "shards"
 VERSION = 1
-_QUIET_SECONDS = 3.0  # a check that takes no longer shows no bar
+QUIET_SECONDS = 3.0  # a check that takes no longer shows no bar
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def verify(folders: Iterable[Path], rank: int = 0, world_size: int = 1, *, progr
     mine = sorted(files, key=lambda file: -file.size)[rank::world_size]
     total = sum(file.size for file in mine)
     with tqdm(
-        desc="checking data", total=total, unit="B", unit_scale=True, delay=_QUIET_SECONDS, disable=not progress
+        desc="checking data", total=total, unit="B", unit_scale=True, delay=QUIET_SECONDS, disable=not progress
     ) as bar:
         for file in mine:
             if not file.path.is_file() or checksum(file.path) != file.sha256:

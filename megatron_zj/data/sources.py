@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_zj.config.data import ChatConfig, CorpusConfig, DataConfig, HeldOutConfig, PreferenceConfig
-from megatron_zj.data.corpus import CorpusUnits, DocumentTokens, SampleSet, Split, split_bounds
+from megatron_zj.data.corpus import CorpusUnits, DocumentTokens, SampleSet, Split, check_ids, split_bounds
 from megatron_zj.data.dialogue import DialogueUnits, StoredUnits
 from megatron_zj.data.errors import DataError
 from megatron_zj.data.inputs import Conversion, RowsConfig, load_units
@@ -24,18 +24,32 @@ _SPLIT_SEED = 20260  # fixed: which records are held out must not change with th
 _log = logging.getLogger(__name__)
 
 
-def verify_prepared(
+def verify_inputs(
     config: DataConfig, tokenizer: Tokenizer, rank: int = 0, world_size: int = 1, *, progress: bool = False
 ) -> None:
-    """Check this rank's share of the prepared files that streams of ``config`` read; see ``verify``.
+    """Check this rank's share of the files that streams of ``config`` map: a prepared folder's checksums (see
+    ``verify``), and the ids of indexed datasets of other programs, which have none; one line names the latter.
 
-    Raises DataError on this rank alone for a damaged file, on all ranks for what ``open_prepared`` refuses.
+    Raises DataError on this rank alone for damage, on all ranks for what ``open_prepared`` refuses.
     """
     held_out = config.validation_files if isinstance(config, HeldOutConfig) else ()
-    folders = [Path(name) for name in dict.fromkeys((*config.files, *held_out)) if is_prepared(Path(name))]
+    paths = [Path(name) for name in dict.fromkeys((*config.files, *held_out))]
+    folders = [path for path in paths if is_prepared(path)]
     for folder in folders:
         open_prepared(folder, [config.kind], tokenizer)  # the wrong folder is told at once
     verify(folders, rank, world_size, progress=progress)
+    foreign = [path for path in paths if path not in folders] if isinstance(config, CorpusConfig) else []
+    if not foreign:
+        return
+    if rank == 0:
+        _log.info(
+            "no manifest of zj prepare: %s; checked are sizes, indexes and that every id is below %d, not the contents "
+            "nor which tokenizer wrote them",
+            ", ".join(map(str, foreign)),
+            tokenizer.vocab_size,
+        )
+    prefixes = [prefix for path in foreign for prefix in _indexed(path)]
+    check_ids(prefixes, tokenizer.vocab_size, rank, world_size, progress=progress)
 
 
 def row_units(config: RowsConfig, tokenizer: Tokenizer, split: Split, *, progress: bool) -> StoredUnits | None:
@@ -130,6 +144,12 @@ def _prefixes(path: Path, tokenizer: Tokenizer) -> tuple[list[Path], str]:
         if not prefixes:
             raise DataError(f"{path} holds no document\n  -> prepare it from other files")
         return prefixes, manifest.job
+    prefixes = _indexed(path)
+    return prefixes, "".join(checksum(Path(f"{prefix}.idx")) for prefix in prefixes)
+
+
+def _indexed(path: Path) -> list[Path]:
+    """The prefixes of indexed datasets without a manifest: those in a folder, or the one named."""
     if path.is_dir():
         found = sorted(item.with_suffix("") for item in path.glob("*.idx"))
     else:
@@ -139,7 +159,7 @@ def _prefixes(path: Path, tokenizer: Tokenizer) -> tuple[list[Path], str]:
             f"{path} is neither a prepared folder nor the prefix of a .bin and .idx file\n"
             f"  -> prepare it: zj prepare data.files=[{path}] tokenizer.path=... out=DIR"
         )
-    return found, "".join(checksum(Path(f"{prefix}.idx")) for prefix in found)
+    return found
 
 
 def report(counts: Counts, files: Sequence[str]) -> None:

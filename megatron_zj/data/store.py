@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ from megatron_zj.data.rows import Unit
 
 UNITS_SUFFIX = ".units.npy"
 _UNIT, _RANK, _RECORD = 0, 1, 2  # columns of X.units.npy: [rows, 3] int64
+_HEADER = struct.Struct("<9sQBQQ")  # of an index: magic, version, code of the ids' type, sequences, documents + 1
+_MAGIC = (b"MMIDIDX\0\0", 1)
+_BAD_INDEX = "{}.idx is not a readable index: {}\n  -> prepare the data again"
 
 
 @dataclass(frozen=True)
@@ -171,22 +175,52 @@ def write_shard(prefix: Path, units: Sequence[tuple[Unit, int]], vocab_size: int
 
 
 def open_indexed(prefix: Path) -> IndexedDataset:
-    """An indexed dataset, mapped.  Raises DataError when a file is missing, cut short or no index."""
+    """An indexed dataset, mapped.
+
+    Raises DataError when a file is missing or cut short, or the index is none or does not describe the ids one
+    sequence after the other, as every reader here takes them.
+    """
     for suffix in (".bin", ".idx"):
         if not os.path.isfile(f"{prefix}{suffix}"):
             raise DataError(f"{prefix}{suffix} is missing\n  -> prepare the data again (zj prepare)")
+    if problem := _header_problem(Path(f"{prefix}.idx")):
+        raise DataError(_BAD_INDEX.format(prefix, problem))
+    size = os.path.getsize(f"{prefix}.bin")
     try:
-        dataset = IndexedDataset(str(prefix), mmap=os.path.getsize(f"{prefix}.bin") > 0)
+        dataset = IndexedDataset(str(prefix), mmap=size > 0)
     except (AssertionError, ValueError, OSError) as error:
-        raise DataError(f"{prefix}.idx is not a readable index: {error}\n  -> prepare the data again") from error
-    lengths = dataset.sequence_lengths
-    expected = int(lengths.sum(dtype=np.int64)) * np.dtype(dataset.index.dtype).itemsize
-    if os.path.getsize(f"{prefix}.bin") != expected:
+        problem = str(error) or "its documents do not end with its sequences"
+        raise DataError(_BAD_INDEX.format(prefix, problem)) from error
+    lengths, documents = dataset.sequence_lengths, dataset.document_indices
+    item = np.dtype(dataset.index.dtype).itemsize
+    ends = np.cumsum(lengths, dtype=np.int64)
+    expected = int(ends[-1]) * item if ends.size else 0
+    if size != expected:
         raise DataError(
-            f"{prefix}.bin has {os.path.getsize(f'{prefix}.bin')} bytes where its index expects {expected}\n"
+            f"{prefix}.bin has {size} bytes where its index expects {expected}\n"
             "  -> the file was damaged or cut short: prepare the data again"
         )
+    in_order = lengths.min(initial=0) >= 0 and np.array_equal(dataset.index.sequence_pointers, (ends - lengths) * item)
+    if not in_order or documents[0] != 0 or np.diff(documents).min(initial=0) < 0:
+        raise DataError(_BAD_INDEX.format(prefix, "its sequences or documents do not follow each other"))
     return dataset
+
+
+def _header_problem(path: Path) -> str | None:
+    """Why a file cannot be megatron-core's index of token ids; None: it begins as one and is as long as it says."""
+    with path.open("rb") as file:
+        header = file.read(_HEADER.size)
+    if len(header) < _HEADER.size:
+        return f"it ends within its header, after {len(header)} bytes"
+    *magic, code, sequences, documents = _HEADER.unpack(header)
+    if tuple(magic) != _MAGIC:
+        return "it does not begin as one"
+    if code not in {kind.value for kind in DType} or not np.issubdtype(DType.dtype_from_code(code), np.integer):
+        return f"its ids are no integers (type {code})"
+    expected, size = _HEADER.size + 12 * sequences + 8 * documents, path.stat().st_size
+    if documents == 0 or size != expected:
+        return f"it has {size} bytes where its header announces {expected}"
+    return None
 
 
 def read_tokens(dataset: IndexedDataset, pointer: int, count: int) -> NDArray[Any]:

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_zj.config.data import CorpusConfig
+from megatron_zj.data import corpus
 from megatron_zj.data.batch import Batch
 from megatron_zj.data.corpus import shares
 from megatron_zj.data.errors import DataError
+from megatron_zj.data.sources import verify_inputs
 from megatron_zj.data.stream import Stream, build_stream
 from megatron_zj.data.tokenizer import SentencePieceTokenizer
 
@@ -153,6 +155,73 @@ def test_ids_outside_the_vocabulary_name_the_file(tmp_path: Path, tokenizer: Sen
         DataError, match=rf"x\.bin holds token id {tokenizer.vocab_size}, outside(.|\n)*tokenizer\.path"
     ):
         stream(tokenizer, file).next(1, 0, 1)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_without_a_manifest_every_id_is_looked_at_before_training(
+    tmp_path: Path, tokenizer: SentencePieceTokenizer, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks share the ids in chunks of four, over two files; a bad one is found by the rank that has it alone."""
+    monkeypatch.setattr(corpus, "_CHUNK", 4)
+    good, bad = write(tmp_path / "good", numbered([9, 3])), write(tmp_path / "bad", numbered([5]))
+    config = CorpusConfig(files=(good, bad))
+    verify_inputs(config, tokenizer, rank, 2)
+    for position, finder in ((0, 1), (4, 0)):  # chunks: 4 4 4 of the good file, then 4 1 of the bad one
+        for wrong in (tokenizer.vocab_size, -1):
+            documents = numbered([5])
+            documents[0][position] = wrong
+            write(tmp_path / "bad", documents)
+            if rank == finder:
+                with pytest.raises(DataError, match=rf"bad\.bin holds token id {wrong}, outside the vocabulary"):
+                    verify_inputs(config, tokenizer, rank, 2)
+            else:
+                verify_inputs(config, tokenizer, rank, 2)
+
+
+def test_a_line_says_which_data_has_no_checksums(
+    tmp_path: Path, tokenizer: SentencePieceTokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "folder").mkdir()
+    named, inside = write(tmp_path / "named", numbered([9])), write(tmp_path / "folder/inside", numbered([9]))
+    config = CorpusConfig(files=(named, str(tmp_path / "folder")))
+    with caplog.at_level("INFO", logger="megatron_zj"):
+        verify_inputs(config, tokenizer, 1, 2)
+        assert not caplog.records  # rank 0 says it once
+        verify_inputs(config, tokenizer, 0, 2)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"no manifest of zj prepare: {named}, {tmp_path / 'folder'}; checked are")
+    assert f"below {tokenizer.vocab_size}, not the contents nor which tokenizer wrote them" in line
+    Path(f"{inside}.bin").write_bytes(Path(f"{inside}.bin").read_bytes()[:-4])
+    with pytest.raises(DataError, match=r"inside\.bin has 32 bytes where its index expects 36"):
+        verify_inputs(config, tokenizer)
+
+
+def test_an_index_that_is_cut_short_anywhere_or_out_of_order_is_refused(
+    tmp_path: Path, tokenizer: SentencePieceTokenizer
+) -> None:
+    file = write(tmp_path / "x", numbered([4, 5]))
+    index = Path(f"{file}.idx")
+    whole = index.read_bytes()
+    header, lengths, pointers = 34, 2 * 4, 2 * 8
+    assert len(whole) == header + lengths + pointers + 3 * 8
+    damaged = {whole[:length]: "" for length in range(len(whole))}
+    damaged |= {whole + b"\0": "header announces"}
+    for start, value, why in (
+        (17, b"\x06", "its ids are no integers"),  # 8-byte floats
+        (17, b"\x63", "its ids are no integers"),
+        (26, bytes(8), "header announces"),  # no document, not even the end of the last
+        (header, b"\5\0\0\0\4\0\0\0", "do not follow each other"),  # lengths of 5 and 4; pointers say 4 and 5
+        (header + lengths + 8, b"\x0c", "do not follow each other"),  # the second sequence begins within the first
+        (header + lengths + pointers, b"\1", "do not follow each other"),  # a first document that begins late
+        (len(whole) - 8, b"\1", "documents do not end with its sequences"),
+    ):
+        damaged[whole[:start] + value + whole[start + len(value) :]] = why
+    for content, why in damaged.items():
+        index.write_bytes(content)
+        with pytest.raises(DataError, match=rf"x\.idx is not a readable index: .*{why}"):
+            stream(tokenizer, file)
+    index.write_bytes(whole)
+    assert stream(tokenizer, file).num_units == 1
 
 
 def test_describe_names_the_document_of_a_sample(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:

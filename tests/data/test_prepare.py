@@ -21,7 +21,7 @@ from megatron_zj.data import prepared
 from megatron_zj.data.errors import DataError
 from megatron_zj.data.prepare import PrepareConfig, TextConfig, prepare
 from megatron_zj.data.prepared import read_manifest, verify
-from megatron_zj.data.sources import verify_prepared
+from megatron_zj.data.sources import verify_inputs
 from megatron_zj.data.stream import build_stream
 from megatron_zj.data.tokenizer import SentencePieceTokenizer, load_tokenizer
 
@@ -217,11 +217,11 @@ def test_one_flipped_bit_is_refused_by_name_and_preparing_again_mends_it(
     whole = content(tmp_path)
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
     config = CorpusConfig(files=(str(tmp_path),)) if kind == "corpus" else chat_config(tmp_path)
-    verify_prepared(config, tokenizer)
+    verify_inputs(config, tokenizer)
     shard = tmp_path / "shards" / f"000001{suffix}"
     for byte in (0, shard.stat().st_size // 2, -1):
         flip(shard, byte)
-        for check in (lambda: verify([tmp_path]), lambda: verify_prepared(config, tokenizer)):
+        for check in (lambda: verify([tmp_path]), lambda: verify_inputs(config, tokenizer)):
             with pytest.raises(DataError) as error:
                 check()
             sidecar = shard.with_name("000001.json")
@@ -229,7 +229,7 @@ def test_one_flipped_bit_is_refused_by_name_and_preparing_again_mends_it(
             assert str(error.value).endswith(f"-> delete {sidecar} and run the same zj prepare again")
         sidecar.unlink()
         prepare(command)
-        verify_prepared(config, tokenizer)
+        verify_inputs(config, tokenizer)
         assert content(tmp_path) == whole
 
 
@@ -243,10 +243,10 @@ def test_held_out_folders_are_checked_too(source: Path, tmp_path: Path) -> None:
         prepare(text_config(source, tmp_path / name, data=chat_config(source)))
     config = ChatConfig(files=(str(tmp_path / "train"),), validation_files=(str(tmp_path / "held_out"),), max_length=64)
     tokenizer = load_tokenizer(tmp_path / "train" / "tokenizer")
-    verify_prepared(config, tokenizer)
+    verify_inputs(config, tokenizer)
     flip(tmp_path / "held_out/shards/000000.bin", 0)
     with pytest.raises(DataError, match=r"held_out/shards/000000\.bin is damaged"):
-        verify_prepared(config, tokenizer)
+        verify_inputs(config, tokenizer)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 50])
@@ -271,7 +271,7 @@ def test_a_check_of_seconds_shows_how_far_it_is(
     prepare(text_config(source, tmp_path))
     verify([tmp_path], progress=True)
     assert "checking data" not in capsys.readouterr().err
-    monkeypatch.setattr(prepared, "_QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(prepared, "QUIET_SECONDS", 0.0)
     verify([tmp_path])
     assert "checking data" not in capsys.readouterr().err
     verify([tmp_path], progress=True)
