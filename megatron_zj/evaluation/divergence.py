@@ -3,8 +3,9 @@
 An answer to a prompt is drawn from the model, token by token, from p = softmax(logits / temperature) over the whole
 vocabulary.  d_t = log p_model(t) - log p_reference(t) of its token t, eos included, both at that temperature.  The sum
 of d_t over an answer (k1) is an unbiased estimate of KL(model || reference) between whole answers to that prompt; so is
-the sum of k3 = exp(-d_t) - 1 + d_t, which is never negative and varies less (Schulman 2020, "Approximating KL
-divergence").  Both hold on draws from the model alone: greedy answers, or those of a cut distribution, give no KL.
+the sum of k3 = exp(-d_t) - 1 + d_t, which is never negative and varies less where the two are near (Schulman 2020,
+"Approximating KL divergence"); far apart exp(-d_t) has a heavy tail, and its standard error shows it.  Both hold on
+draws from the model alone: greedy answers, or those of a cut distribution, give no KL.
 
 The unit is nats an answer: the mean over answers of the sum over tokens, as PPO's and GRPO's metric ``kl``, which
 ``kl_target`` bounds, has it (``algorithms/experience.py``; its ``kl_k3`` is a mean over tokens, ``k3`` here is not).
