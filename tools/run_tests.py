@@ -29,12 +29,12 @@ NUM_WORKERS = max(1, min(4, len(os.sched_getaffinity(0))))
 
 @dataclass(frozen=True)
 class Stage:
-    """One step: a command, what it shows, and the seconds it may take."""
+    """One step: a command, what it shows, and the seconds after which it hangs: far more than a slow machine takes."""
 
     name: str
     what: str
     command: tuple[str, ...]
-    limit: int = 300
+    limit: int = 900
     needs: str = ""  # a file without which the stage is left out
 
     @property
@@ -67,7 +67,7 @@ def default_stages() -> list[Stage]:
     return [
         Stage("ruff", "style, imports, prints", (sys.executable, "-m", "ruff", "check", "."), 60),
         Stage("format", "layout of the source", (sys.executable, "-m", "ruff", "format", "--check", "."), 60),
-        Stage("mypy", "types; strict where numbers are made", (sys.executable, "-m", "mypy"), 300),
+        Stage("mypy", "types; strict where numbers are made", (sys.executable, "-m", "mypy")),
         Stage(
             "architecture",
             "who imports whom, sizes, names, docstrings",
@@ -82,23 +82,18 @@ def default_stages() -> list[Stage]:
             "unit",
             "one process",
             pytest_over(f"tests {elsewhere}", f"{DEFAULT} and not ranks and not resume", True),
-            420,
         ),
-        Stage(
-            "ranks", "several ranks: exactness", pytest_over(f"tests {elsewhere}", f"{DEFAULT} and ranks", True), 420
-        ),
+        Stage("ranks", "several ranks: exactness", pytest_over(f"tests {elsewhere}", f"{DEFAULT} and ranks", True)),
         Stage(
             "resume",
             "stopped, killed and resumed runs",
             pytest_over(f"tests {elsewhere}", f"{DEFAULT} and resume"),
-            300,
         ),
-        Stage("kernels", "references, interpreter, planted bugs, compilation", KERNELS, 420),
+        Stage("kernels", "references, interpreter, planted bugs, compilation", KERNELS),
         Stage(
             "demo",
             "raw text to an aligned model, in miniature",
             (sys.executable, "tools/run_demo.py", "--miniature"),
-            300,
             needs="tools/run_demo.py",
         ),
     ]
