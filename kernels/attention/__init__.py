@@ -126,7 +126,8 @@ def decode_attention(
     arguments.require_shape(lengths_R, (num_rows,), "lengths_R")
     _check_heads(num_heads, k_cache_RSKD.shape[2], dim)
     dtypes = q_RHD.dtype, k_cache_RSKD.dtype, v_cache_RSKD.dtype
-    arguments.require(len(set(dtypes)) == 1, f"q and the caches must share a dtype, got {dtypes}")
+    if len(set(dtypes)) != 1:
+        raise ValueError(f"q and the caches must share a dtype, got {dtypes}")
     arguments.require_window(window)
     scale = dim**-0.5 if softmax_scale is None else float(softmax_scale)
     backend = dispatch.backend_of(q_RHD)
@@ -178,7 +179,8 @@ def _check(
     q_slots: Tensor | None,
 ) -> None:
     arguments.require_float(q_THD=q, k_SKD=k, v_SKD=v)
-    arguments.require(q.dtype == k.dtype == v.dtype, f"q, k, v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     arguments.require_integer(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, **arguments.given(q_slots=q_slots))
     arguments.require_same_device(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, q_slots=q_slots)
     arguments.require_shape(q, (None, None, None), "q_THD")

@@ -54,7 +54,8 @@ def linear_logprob(
     """
     _check(hidden_TD, weight_VD, targets_T, temperature, mask_T)
     rows = weight_VD.shape[0] if valid_rows is None else valid_rows
-    arguments.require(rows > 0, f"the vocabulary must have a row, got weight {list(weight_VD.shape)}, {rows} valid")
+    if rows <= 0:
+        raise ValueError(f"the vocabulary must have a row, got weight {list(weight_VD.shape)}, {rows} valid")
     if ignore_index is not None:
         counted_T = targets_T != ignore_index
         mask_T = counted_T if mask_T is None else mask_T & counted_T

@@ -41,6 +41,8 @@ def reward_head_forward(
     tl.store(rstd_ptr + row, rstd)
 
 
+# One program owns its columns for all rows, and takes the rows in order: reading dhidden back, for rows that share a
+# token, meets this program's own earlier writes only and cannot race.
 @triton.jit
 def reward_head_backward(
     dscore_ptr, hidden_ptr, last_ptr, weight_ptr, bias_ptr, norm_ptr, score_ptr, rstd_ptr,

@@ -50,7 +50,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     """
     _check(x, weight, eps)
     arguments.require_shape(residual, x.shape, "residual")
-    arguments.require(residual.dtype == x.dtype, f"residual must be {x.dtype} like x, got {residual.dtype}")
+    if residual.dtype != x.dtype:
+        raise ValueError(f"residual must be {x.dtype} like x, got {residual.dtype}")
     arguments.require_same_device(x=x, residual=residual)
     backend = dispatch.backend_of(x)
     if dispatch.eager(x, backend):
@@ -95,7 +96,8 @@ def _check(x: Tensor, weight: Tensor, eps: float) -> None:
     arguments.require_same_device(x=x, weight=weight)
     arguments.require(x.dim() >= 1, "x must have a last dimension to normalise")
     arguments.require_shape(weight, (x.shape[-1],), "weight")
-    arguments.require(eps >= 0, f"eps must not be negative, got {eps}")
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
 
 
 @torch.library.custom_op("zj::rms_norm", mutates_args=())

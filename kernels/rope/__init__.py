@@ -59,7 +59,8 @@ def split_rope(qkv_TGSD: Tensor, cos_PF: Tensor, sin_PF: Tensor, positions_T: Te
         ValueError: as ``rope``.
     """
     arguments.require_shape(qkv_TGSD, (None, None, None, None), "qkv_TGSD")
-    arguments.require(qkv_TGSD.shape[2] >= 3, f"qkv_TGSD must be [T, G, H / G + 2, D], got {list(qkv_TGSD.shape)}")
+    if qkv_TGSD.shape[2] < 3:
+        raise ValueError(f"qkv_TGSD must be [T, G, H / G + 2, D], got {list(qkv_TGSD.shape)}")
     tokens, _, slots, dim = qkv_TGSD.shape
     _check(qkv_TGSD, dim, cos_PF, sin_PF, positions_T)
     if dispatch.eager(qkv_TGSD, dispatch.backend_of(qkv_TGSD)):

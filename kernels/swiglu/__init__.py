@@ -26,8 +26,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
         ValueError: not a float tensor, or an odd last dimension.
     """
     arguments.require_float(gate_up=gate_up)
-    even = gate_up.dim() >= 1 and gate_up.shape[-1] % 2 == 0
-    arguments.require(even, f"the last dimension must hold gate and up, got {list(gate_up.shape)}")
+    if gate_up.dim() < 1 or gate_up.shape[-1] % 2:
+        raise ValueError(f"the last dimension must hold gate and up, got {list(gate_up.shape)}")
     backend = dispatch.backend_of(gate_up)
     return _Eager.apply(gate_up) if dispatch.eager(gate_up, backend) else _swiglu(gate_up, backend)
 
