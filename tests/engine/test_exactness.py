@@ -39,7 +39,7 @@ def check(cases: list[Case], timeout: float = 240.0) -> None:
             assert result["output"] <= 2e-6, where
             assert result["grad_norm"] <= 1e-5, where
             assert result["gradient"][0] <= 2e-7, where
-            assert result["weights"][0] <= (1e-5 if case.head == "score" else 5e-5), where  # see OPTIMS
+            assert result["weights"][0] <= (1e-5 if case.head == "score" else 5e-5), where
             covered |= set(result["names"])
         assert covered == {tensor.name for tensor in canonical_tensors(case.model, case.head)}, case.name()
 

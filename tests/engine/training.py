@@ -39,10 +39,10 @@ MODEL = ModelConfig(
     init_std=0.15,
 )
 OPTIM = OptimConfig(lr=2e-3, weight_decay=0.1, clip_grad=0.5, schedule="cosine", warmup_steps=2, decay_steps=8)
-# With eps 1e-8 a gradient as small as its own rounding still moves its weight by the whole rate.  Of the score head's
-# losses, eight rows' scores of size 1, up to 1.4e-6 is then such moves (tp2 pp2); eps here is LLaMA 2's.
-OPTIMS: dict[HeadKind, OptimConfig] = {"lm": OPTIM, "value": OPTIM, "score": replace(OPTIM, eps=1e-5)}
 LENGTHS = (3, 17, 9, 1, 24, 12, 5, 8)
+# A row has one score but many tokens.  The mean of eight scores is so steep (gradient norm 22 at a loss of 1) that one
+# weight decides: its first gradient is 1e-9, as little as rounding, and Adam makes a step of it.  See DECISIONS.md.
+ROWS: dict[HeadKind, int] = {"lm": 8, "value": 8, "score": 16}
 WANTS: dict[HeadKind, Want] = {"lm": "logprobs", "value": "values", "score": "scores"}
 
 
@@ -93,10 +93,10 @@ class Squares:
         return LossTerms((errors * mask).sum(), {"output": (given.detach() * mask).sum()})
 
 
-def global_batch(step: int, model: ModelConfig = MODEL) -> Batch:
-    """Eight rows of unequal lengths, one of which (length 1) predicts nothing."""
+def global_batch(step: int, model: ModelConfig = MODEL, head: HeadKind = "lm") -> Batch:
+    """``ROWS`` rows of unequal lengths; those of length 1 predict nothing."""
     generator = torch.Generator().manual_seed(100 + step)
-    lengths = [LENGTHS[(index + step) % len(LENGTHS)] for index in range(len(LENGTHS))]
+    lengths = [LENGTHS[(index + step) % len(LENGTHS)] for index in range(ROWS[head])]
     tokens = Rows.of([torch.randint(0, model.vocab_size, (length,), generator=generator) for length in lengths])
     mask = (torch.rand(len(tokens.values), generator=generator) < 0.7).long()
     goal = torch.randn(len(tokens.values), generator=generator)
@@ -142,13 +142,13 @@ def reference(head: HeadKind = "lm", model: ModelConfig = MODEL) -> Record:
         [{"params": decayed, "weight_decay": OPTIM.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=OPTIM.lr,
         betas=(OPTIM.beta1, OPTIM.beta2),
-        eps=OPTIMS[head].eps,
+        eps=OPTIM.eps,
         foreach=False,
     )
     rates = [0.5, 1.0, 1.0, 0.5 * (1 + 0.75**0.5), 0.75]  # warm-up 2, then cosine over 6: by hand
     losses, outputs, norms, first = [], [], [], {}
     for step in range(STEPS):
-        loss, output, weight = _reference_loss(network, head, global_batch(step, model))
+        loss, output, weight = _reference_loss(network, head, global_batch(step, model, head))
         adam.zero_grad(set_to_none=True)
         (loss / weight).backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(network.parameters(), OPTIM.clip_grad)))
@@ -173,9 +173,9 @@ def make_groups(case: Case) -> ParallelGroups:
 def make_engine(
     case: Case, groups: ParallelGroups | None = None, optim: OptimConfig | None = OPTIM, *, awaits_weights: bool = False
 ) -> Engine:
-    """A fresh engine of a case; ``OPTIM``: the head's own."""
+    """A fresh engine of a case."""
     groups = groups or make_groups(case)
-    where = case.engine, OPTIMS[case.head] if optim is OPTIM else optim, 8, HOST, SEED
+    where = case.engine, optim, 8, HOST, SEED
     return build_engine(case.model, case.head, groups, *where, awaits_weights=awaits_weights)
 
 
@@ -212,7 +212,7 @@ def train(case: Case) -> dict[str, Any]:
     objective = Squares(case.head)
     history, gradient = [], (0.0, "")
     for step in range(STEPS):
-        history.append(engine.update(objective, shard_of(global_batch(step, case.model), groups)))
+        history.append(engine.update(objective, shard_of(global_batch(step, case.model, case.head), groups)))
         if step == 0:
             found = first_gradients(engine)
             gradient = max(
