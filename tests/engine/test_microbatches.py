@@ -83,9 +83,7 @@ def test_outputs_come_back_in_row_order_at_the_tokens_own_index(lengths: list[in
 
 
 @given(lengths=lengths_lists, budget=st.integers(1, 50))
-def test_a_whole_pack_is_what_the_shares_of_context_parallelism_are_cut_from(
-    lengths: list[int], budget: int
-) -> None:
+def test_a_whole_pack_is_what_the_shares_of_context_parallelism_are_cut_from(lengths: list[int], budget: int) -> None:
     groups, batch = _groups(tp=2, cp=2, sequence_parallel=True), _batch(lengths)
     micro = split(batch, groups, budget)
     for packed in micro.packs:

@@ -269,7 +269,7 @@ def test_on_a_gpu_nccl_collectives_are_captured_and_replayed() -> None:
         store = dist.FileStore(f"{folder}/store", 1)
         dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1, timeout=timedelta(seconds=60))
         try:
-            group = dist.new_group([0])
+            group = dist.new_group([0], timeout=timedelta(seconds=60))
             given, parts = torch.ones(1000, device="cuda"), [torch.zeros(1000, device="cuda")]
 
             def work() -> Tensor:
