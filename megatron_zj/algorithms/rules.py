@@ -7,7 +7,7 @@ own name; a configuration can name what is on the list and nothing else.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -39,12 +39,16 @@ def rule(function: Rule) -> Rule:
     return function
 
 
+def unknown_rules(names: Iterable[str]) -> dict[str, str]:
+    """What is wrong with the names that no rule has, by their configuration key."""
+    unknown = [name for name in names if name not in RULES]
+    return {f"algorithm.rules.{name}": f"no such rule{suggestion(name, list(RULES))}" for name in unknown}
+
+
 def chosen_rules(weights: Mapping[str, float]) -> list[tuple[Rule, float]]:
     """The named rules with their weights.  ConfigError names an unknown one."""
-    unknown = [f"algorithm.rules.{name}: no such rule{suggestion(name, list(RULES))}" for name in weights]
-    unknown = [text for name, text in zip(weights, unknown, strict=True) if name not in RULES]
-    if unknown:
-        raise ConfigError(unknown)
+    if wrong := unknown_rules(weights):
+        raise ConfigError([f"{key}: {what}" for key, what in wrong.items()])
     return [(RULES[name], weight) for name, weight in weights.items()]
 
 

@@ -13,6 +13,7 @@ import torch
 
 from megatron_zj.algorithms.provenance import require_head
 from megatron_zj.algorithms.registry import BUILDERS, Algorithm, Parts
+from megatron_zj.algorithms.rules import chosen_rules
 from megatron_zj.algorithms.shaping import ScoreScale
 from megatron_zj.checkpoint.errors import gather
 from megatron_zj.checkpoint.load import agreed_newest, load
@@ -68,6 +69,8 @@ def build_run(config: RunConfig, process: Process) -> Run:
     timers = Timers(process.device, process.activity)
     with process.activity.doing("build"):
         require_shared(config.run.dir)
+        if isinstance(config.algorithm, OnPolicyConfig):
+            chosen_rules(config.algorithm.rules)  # a wrong name is told before a model is built
         root = config.run.dir / CHECKPOINTS
         resumed = find_own_checkpoint(config, root)
         tokenizer = checked_tokenizer(config)
@@ -211,7 +214,7 @@ def score_scale(config: RunConfig, reward_run: Mapping[str, Any], folder: Path) 
     )
     if "score_mean" not in found:
         if used:
-            logger.warning("%s has no score statistics, so scores are used as they are; %s", folder, advice)
+            raise ConfigError([f"algorithm.reward.load: {folder} has no score statistics; {advice}"])
         return ScoreScale()
     if step is None and used:
         logger.warning("%s does not say of which step its score statistics are; they are taken for its own", folder)

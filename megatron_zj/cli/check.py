@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from megatron_zj.algorithms.rules import unknown_rules
 from megatron_zj.cli.compose import compose_run, frozen_text, load_frozen
 from megatron_zj.cli.main import entry
 from megatron_zj.config.algorithm import OnPolicyConfig
@@ -47,6 +48,8 @@ def main(argv: Sequence[str]) -> int:
     if options.show:
         sys.stdout.write(frozen_text(config) + "\n")
     findings = check(config, files=not (options.no_files or options.elsewhere), here=not options.elsewhere)
+    if isinstance(config.algorithm, OnPolicyConfig):
+        findings += [Finding(key=key, message=what) for key, what in unknown_rules(config.algorithm.rules).items()]
     errors = [finding for finding in findings if finding.level == "error"]
     sys.stdout.write(describe(config))
     sys.stdout.write(_findings(findings, missing_inputs(config)))
@@ -155,14 +158,24 @@ def _memory(config: RunConfig, block: Block) -> list[str]:
         working["actor"] = max(working["actor"], cache)
         lines.append(f"  memory   actor's key/value cache in rollouts: {cache / _GIB:.2f} GiB")
     if len(lines) > 1:
-        largest = stays + max((kept[name] + working[name] for name in block.roles), default=0)
-        passing = sorted(kept[name] for name in block.roles if engine_of(config, known[name]).overlap_offload)
-        largest += sum(passing[-3:-1])  # beside the one whose turn it is, one that leaves and one that comes
+        overlaps = {name for name in block.roles if engine_of(config, known[name]).overlap_offload}
+        largest = stays + largest_phase(kept, working, overlaps)
         what = "models, and the largest phase"
         if len(block.roles) > 1 and any(kept.values()):
             what = "the largest phase; engine.offload_idle keeps idle models on the host"
         lines.append(f"  memory   together {largest / _GIB:.2f} GiB a rank: {what}")
     return lines
+
+
+def largest_phase(kept: Mapping[str, int], working: Mapping[str, int], overlaps: Collection[str]) -> int:
+    """Bytes when some role computes: its model and what it works with; of those that overlap, one that leaves and one
+    that comes.
+    """
+    phases = (
+        size + working[name] + sum(sorted(kept[other] for other in overlaps if other != name)[-2:])
+        for name, size in kept.items()
+    )
+    return max(phases, default=0)
 
 
 def _cache_bytes(config: RunConfig, algorithm: OnPolicyConfig, block: Block) -> int:

@@ -126,12 +126,12 @@ def _through_a_checkpoint(folder: Path, layout: Layout, async_save: bool) -> tup
     return metrics, second.step(), first.step(), digests, held
 
 
-@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize(("async_save", "overlap"), [(False, False), (True, False), (False, True), (True, True)])
 def test_idle_roles_are_away_after_build_save_and_load_and_the_bits_are_the_same(
-    tmp_path: Path, async_save: bool
+    tmp_path: Path, async_save: bool, overlap: bool
 ) -> None:
     plain = run_ranks(2, _through_a_checkpoint, tmp_path / "plain", Layout(2, engine=LATE), async_save)
-    idle = Layout(2, engine=dataclasses.replace(LATE, offload_idle=True))
+    idle = Layout(2, engine=dataclasses.replace(LATE, offload_idle=True, overlap_offload=overlap))
     for one, other in zip(run_ranks(2, _through_a_checkpoint, tmp_path / "idle", idle, async_save), plain, strict=True):
         assert one[:4] == other[:4]
         assert one[1] == one[2]  # the loaded one goes on as the saved one

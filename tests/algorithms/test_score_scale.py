@@ -60,14 +60,22 @@ def test_statistics_of_other_weights_are_refused_where_they_would_be_used() -> N
         assert _scale(stale, unused) == (0.0, 1.0)
 
 
-def test_a_reward_model_without_statistics_says_what_to_set(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        assert _scale({"validation": {}, "validation_step": None}) == (0.0, 1.0)
-        assert _scale({"validation": STATISTICS}) == (0.5, 2.0)  # written before the step was
-    none, old = (record.getMessage() for record in caplog.records)
-    assert f"{WHERE} has no score statistics, so scores are used as they are; give the reward run" in none
-    assert "algorithm.whiten_scores=false" in none
-    assert "does not say of which step" in old
-    caplog.clear()
-    _scale({"validation": {}}, "algorithm.whiten_scores=false")
+def test_a_reward_model_without_statistics_is_refused_where_they_would_be_used(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    without: dict[str, Any] = {"validation": {}, "validation_step": None}
+    with pytest.raises(ConfigError) as caught:
+        _scale(without)
+    assert f"{WHERE} has no score statistics; give the reward run validation data" in str(caught.value)
+    assert "algorithm.whiten_scores=false" in str(caught.value)
+    for unused in ("algorithm.whiten_scores=false", "algorithm.running_scores=true"):
+        assert _scale(without, unused) == (0.0, 1.0)
     assert not caplog.records
+
+
+def test_statistics_that_name_no_step_are_used_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    """As they were written before the step was."""
+    with caplog.at_level(logging.WARNING):
+        assert _scale({"validation": STATISTICS}) == (0.5, 2.0)
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert "does not say of which step" in told

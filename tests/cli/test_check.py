@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_zj.cli.check import largest_phase
 from megatron_zj.cli.compose import compose_run, save_frozen
 from megatron_zj.cli.main import main
 
@@ -58,6 +59,21 @@ def test_idle_models_on_the_host_leave_the_largest_of_them(capsys: pytest.Captur
     own = [line.split("activations ") for line in shown.splitlines() if "activations" in line]
     kept = sorted(float(before.split()[2]) - float(activations) for before, activations in own)
     assert float(longer.split()[2]) - float(together.split()[2]) == pytest.approx(sum(kept[-3:-1]), abs=0.03)
+
+
+def test_an_unknown_rule_reward_is_told_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    code, shown, _ = zj_check(capsys, "experiment=demo/ppo", "--elsewhere", "algorithm.rules.varid=1")
+    assert code == 1
+    assert "algorithm.rules.varid: no such rule; did you mean 'varied'?" in " ".join(shown.split())
+
+
+def test_with_overlapping_offload_two_other_models_are_there_whoever_computes() -> None:
+    kept = {"critic": 40, "actor": 20, "reference": 10, "reward": 10}
+    working = {"critic": 5, "actor": 50, "reference": 2, "reward": 2}
+    assert largest_phase(kept, working, ()) == 20 + 50
+    assert largest_phase(kept, working, kept) == 20 + 50 + 40 + 10
+    assert largest_phase(kept, working, {"actor", "reward"}) == 20 + 50 + 10
+    assert largest_phase({}, {}, ()) == 0
 
 
 def test_every_experiment_can_be_described(capsys: pytest.CaptureFixture[str]) -> None:
