@@ -31,7 +31,7 @@ def preferences() -> dict[str, History]:
 
 
 def _check(name: str, found: History, expected: History) -> None:
-    off = differences(found, expected, floor=1.0)
+    off = differences(found, expected)
     worst = max(off, key=lambda key: off[key])
     assert off[worst] <= TOLERANCE, (name, worst, off[worst])
 

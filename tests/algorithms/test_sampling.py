@@ -28,7 +28,7 @@ def test_sampling_algorithms_equal_plain_torch(layout: str, plain: Histories) ->
     place = {**LAYOUTS, **MORE_LAYOUTS}[layout]
     for histories in run_ranks(place.world, sampling_world.run_sampling, place):
         for name, expected in plain.items():
-            off = differences(histories[name], expected, floor=1.0)
+            off = differences(histories[name], expected)
             worst = max(off, key=lambda key: off[key])
             assert off[worst] <= TOLERANCE, (name, worst, off[worst])
 
