@@ -46,7 +46,7 @@ class Family:
             time.sleep(0.02)
         for process in self._started:
             with contextlib.suppress(ValueError):  # its output was read, and closed, before
-                process.communicate()
+                process.communicate(timeout=seconds)  # a survivor would hold its pipe open
 
     def __enter__(self) -> Family:
         return self
