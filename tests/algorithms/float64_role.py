@@ -19,8 +19,9 @@ from megatron_zj.engine.objective import Comparing, Metrics, Objective
 from megatron_zj.roles.exchange import Pending
 from megatron_zj.roles.world import WorldBatch, gather_in_order
 from megatron_zj.rollout.generate import Rollout
-from megatron_zj.rollout.sampling import draw, sample_noise
+from megatron_zj.rollout.sampling import sample_noise
 from tests.algorithms.plain_optimizer import adamw, apply_gradients
+from tests.algorithms.plain_rollout import answer
 from tests.helpers.reference_llama import ReferenceLlama
 
 EXACT = torch.float64
@@ -105,20 +106,18 @@ class Float64Rollout(Rollout):
     def at_step(self, step: int) -> Any:
         return lambda role, prompts: self._samples(role, prompts, step)
 
-    @torch.no_grad()
     def _samples(self, role: Float64Role, prompts: Batch, step: int) -> Batch:
         rows, masks, logprobs, cut = [], [], [], []
         ids = prompts.per_row["sample_id"].tolist()
         for prompt, sample_id in zip(prompts.tokens.split(), ids, strict=True):
-            row, noise = prompt, sample_noise(self.seed, step, sample_id, self.sampling.max_new_tokens)
-            for position in range(self.sampling.max_new_tokens):
-                token, _ = draw(role.model.logits(row)[-1:], noise[position : position + 1], self.sampling)
-                row = torch.cat([row, token])
-                if int(token) in self.stop_ids:
-                    break
-            rows.append(row)
-            masks.append((torch.arange(len(row)) >= len(prompt)).long())
-            logprobs.append(role.model.logprobs(row, self.temperature) * masks[-1])
-            cut.append(int(int(row[-1]) not in self.stop_ids))
+            noise = sample_noise(self.seed, step, sample_id, self.sampling.max_new_tokens)
+            assert self.decode is not None
+            drawn, sampled, ended = answer(
+                role.model, prompt.tolist(), noise, self.sampling, self.stop_ids, self.decode
+            )
+            rows.append(torch.cat([prompt, torch.tensor(drawn)]))
+            masks.append((torch.arange(len(rows[-1])) >= len(prompt)).long())
+            logprobs.append(torch.tensor([0.0] * len(prompt) + sampled, dtype=EXACT))
+            cut.append(int(not ended))
         fields = {"response_mask": Rows.of(masks, torch.int64), "sampling_logprobs": Rows.of(logprobs, EXACT)}
         return Batch(Rows.of(rows, torch.int64), fields, prompts.per_row | {"truncated": torch.tensor(cut)})

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from megatron_zj.config.algorithm import PPOConfig
 from megatron_zj.config.sampling import SamplingConfig
-from megatron_zj.rollout.sampling import draw, sample_noise
+from megatron_zj.rollout.sampling import sample_noise
 from megatron_zj.runtime.seed import keyed_generator
 from tests.algorithms.plain_optimizer import adamw, apply_gradients
+from tests.algorithms.plain_rollout import answer
 from tests.algorithms.ppo_world import (
     HEADS,
     ITERATIONS,
@@ -166,21 +167,8 @@ def collect_row(
     """One sampled answer with what every model says about its response tokens."""
     sample_id, prompt = sample
     noise = sample_noise(RUN_SEED, iteration, sample_id, sampling.max_new_tokens)
-    tokens, sampled, ended = list(prompt), [], False
-    while len(sampled) < sampling.max_new_tokens and not ended:
-        logits = models["actor"].logits(torch.tensor(tokens))[-1:]
-        for seen in set(tokens):  # CTRL's penalty makes a seen token less likely, whatever the sign of its logit
-            penalty = sampling.repetition_penalty
-            logits[0, seen] = logits[0, seen] / penalty if logits[0, seen] > 0 else logits[0, seen] * penalty
-        if len(sampled) < sampling.min_new_tokens:
-            logits[0, STOP] = -math.inf
-        token, logprob = draw(logits, noise[len(sampled) : len(sampled) + 1], sampling)
-        tokens.append(int(token))
-        sampled.append(float(logprob))
-        text = decode(tokens[len(prompt) :])  # a letter a token
-        ended = tokens[-1] == STOP
-        ended |= len(sampled) >= sampling.min_new_tokens and text.endswith(sampling.stop_strings or ("\n",))
-    row, start = torch.tensor(tokens), len(prompt)
+    drawn, sampled, ended = answer(models["actor"], prompt, noise, sampling, frozenset({STOP}), decode)
+    row, start = torch.tensor([*prompt, *drawn]), len(prompt)
     found: Row = {"tokens": row, "start": start, "truncated": not ended}
     found["old"] = models["actor"].logprobs(row, sampling.temperature)[start:]
     found["sampled"] = found["old"].new_tensor(sampled)

@@ -1,4 +1,10 @@
-"""The algorithm layer in float64: the same to 1e-9 as plain torch, however its rows are dealt to ranks and packs."""
+"""The algorithm layer in float64: the same to 1e-9 as plain torch, however its rows are dealt to ranks and packs.
+
+Every option that the algorithms act on is here.  Not here is what acts below them, in engine and rollout, which have no
+float64 form: placements, offloading, and how an answer is decoded (KV cache, refilled slots, stop strings across token
+boundaries); the fp32 tests hold those.  Answers are drawn a token at a time by the plain form's own sampler, so the
+options of sampling act on what is learned from, and are not themselves under test.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +18,7 @@ from tests.algorithms import ppo_world, preference_world, sampling_world
 from tests.algorithms.layouts import FLOAT64
 from tests.algorithms.plain_ppo import PlainPPO
 from tests.algorithms.ppo_world import History, differences
-from tests.algorithms.test_ppo import OPTIONS
+from tests.algorithms.test_ppo import OPTIONS, SAMPLING_OPTIONS
 from tests.helpers.ranks import run_ranks
 
 TOLERANCE = 1e-9
@@ -20,7 +26,7 @@ EXACT = torch.float64
 LAYOUTS = [name if "three" in name else pytest.param(name, marks=pytest.mark.slow) for name in FLOAT64]
 CONFIGS: list[PPOConfig] = [
     ppo_world.PPO_CONFIG,
-    *(dataclasses.replace(ppo_world.PPO_CONFIG, **changes) for changes in OPTIONS.values()),
+    *(dataclasses.replace(ppo_world.PPO_CONFIG, **changes) for changes in (*OPTIONS.values(), SAMPLING_OPTIONS)),
 ]
 
 
