@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,18 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
 
     Raises ``ConfigError``: bad override grammar, an unknown group option, an unknown key, a wrong type.
     """
-    return load(RunConfig, compose_plain(overrides))
+    tree = compose_plain(overrides)
+    known = [field.name for field in fields(RunConfig)]
+    groups = [folder.name for folder in conf_folder().iterdir() if folder.is_dir()]  # experiment and layout are no keys
+    words = sorted({*known, *groups})
+    slips = [f"{key}: unknown key{suggestion(key, words)}" for key in tree if key not in known]
+    try:
+        config = load(RunConfig, {key: value for key, value in tree.items() if key in known})
+    except ConfigError as error:
+        raise ConfigError([*slips, *error.problems]) from None
+    if slips:
+        raise ConfigError(slips)
+    return config
 
 
 def load_frozen(path: Path) -> RunConfig:

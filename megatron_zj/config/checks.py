@@ -32,6 +32,8 @@ from megatron_zj.config.derived import (
 from megatron_zj.config.loader import ConfigError, suggestion
 from megatron_zj.config.run import RunConfig
 
+_PREPARED = ("manifest.json", "job.json")  # data/prepared.py: a preparation's folder, finished or not, has one of them
+
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
@@ -301,7 +303,7 @@ def _starting_points(config: RunConfig) -> Iterator[Finding]:
 def _packages(config: RunConfig) -> Iterator[Finding]:
     model, run = config.model, config.run
     asked = (  # the key, whether it asks for a package, the package, what to install, what to write instead
-        ("model.kernels", model.kernels == "te", "transformer_engine", "'megatron-zj[te]'", "auto"),
+        ("model.kernels", model.kernels == "te", "transformer_engine", "-e '.[te]' in the checkout", "auto"),
         ("model.kernels", model.kernels == "triton", "triton", "triton", "auto"),
         ("run.wandb_project", run.wandb_project is not None, "wandb", "wandb", "null"),
         ("run.tensorboard", run.tensorboard, "tensorboard", "tensorboard", "false"),
@@ -324,18 +326,31 @@ def _files(config: RunConfig) -> Iterator[Finding]:
     """Named files exist, and a folder can be where the run writes."""
     if (problem := no_folder(config.run.dir)) is not None:
         yield Finding(key="run.dir", message=problem)
-    corpus = isinstance(config.data, CorpusConfig)
+    problem_of = _no_corpus if isinstance(config.data, CorpusConfig) else _nothing_there
     for key in ("files", "validation_files"):
         for index, name in enumerate(getattr(config.data, key, ())):
-            if not (_corpus_exists(name) if corpus else Path(name).exists()):
-                hint = " (nor .bin and .idx of that prefix); zj prepare makes them" if corpus else ""
-                yield Finding(key=f"data.{key}[{index}]", message=f"{name} does not exist{hint}")
+            if (problem := problem_of(Path(name))) is not None:
+                yield Finding(key=f"data.{key}[{index}]", message=problem)
     paths = {"tokenizer.path": config.tokenizer.path, "checkpoint.load": config.checkpoint.load}
     paths |= {f"algorithm.{name}.load": role.load for name, role in roles(config).items()}
     for key, path in paths.items():
-        if path is not None and not path.exists():
-            yield Finding(key=key, message=f"{path} does not exist")
+        if path is not None and (problem := _nothing_there(path)) is not None:
+            yield Finding(key=key, message=problem)
 
 
-def _corpus_exists(name: str) -> bool:
-    return Path(name).is_dir() or (Path(f"{name}.bin").is_file() and Path(f"{name}.idx").is_file())
+def _nothing_there(path: Path) -> str | None:
+    return None if path.exists() else f"{path} does not exist"
+
+
+def _no_corpus(path: Path) -> str | None:
+    """Why ``path`` cannot be read as prepared text, as far as names tell; data/sources.py opens what passes."""
+    if path.is_dir():
+        prepared = any((path / name).is_file() for name in _PREPARED) or any(path.glob("*.idx"))
+    else:
+        prepared = Path(f"{path}.bin").is_file() and Path(f"{path}.idx").is_file()
+    if prepared:
+        return None
+    if not path.exists():
+        return f"{path} does not exist (nor .bin and .idx of that prefix); zj prepare makes them"
+    what = "a folder without prepared text" if path.is_dir() else "raw text"
+    return f"{path} is {what}; prepare it: zj prepare data.files=[{path}] tokenizer.path=... out=DIR, and name DIR here"

@@ -109,6 +109,9 @@ def test_a_role_inherits_what_it_does_not_set_from_the_run() -> None:
     [
         ("optim.lrr=1", "optim.lrr: unknown key; did you mean 'lr'?"),
         ("modle=tiny", "modle: unknown key; did you mean 'model'?"),
+        ("experimentt=demo/sft", "experimentt: unknown key; did you mean 'experiment'?"),
+        ("experimnt=demo/sft", "experimnt: unknown key; did you mean 'experiment'?"),
+        ("layuot=8gpu", "layuot: unknown key; did you mean 'layout'?"),
         ("model=tinny", "model: no option 'tinny'; did you mean 'tiny'?"),
         ("experiment=", "experiment: empty; leave it out, or name one of chimed_gpt/"),
         ("experiment=demo/pop", "experiment: no option 'demo/pop'; did you mean 'demo/ppo'?"),

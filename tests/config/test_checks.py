@@ -12,6 +12,7 @@ from megatron_zj.config.checks import check, missing_inputs, require
 from megatron_zj.config.derived import optimizer_steps, placements
 from megatron_zj.config.loader import ConfigError, load
 from megatron_zj.config.run import RunConfig
+from megatron_zj.data.prepared import JOB, MANIFEST
 from megatron_zj.engine.schedule import LearningRate
 
 
@@ -287,7 +288,10 @@ def test_transformer_engine_is_asked_for_only_where_it_is_installed(monkeypatch:
     run = config(model={"kernels": "te"})
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     (found,) = errors(run)
-    assert found.startswith("model.kernels: needs transformer_engine, which is not installed here")
+    assert found == (
+        "model.kernels: needs transformer_engine, which is not installed here: pip install -e '.[te]' in the checkout, "
+        "or model.kernels=auto"
+    )
     assert errors(run, here=False) == []  # a configuration for another machine
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert errors(run) == []
@@ -338,6 +342,25 @@ def test_named_files_must_exist(tmp_path: Path) -> None:
         f"tokenizer.path: {tmp_path}/tokenizer.model does not exist",
         f"checkpoint.load: {tmp_path}/stage_one does not exist",
     ]
+
+
+def test_raw_text_in_place_of_a_corpus_is_told_how_to_be_prepared(tmp_path: Path) -> None:
+    for name in ("text.jsonl", "raw/text.txt", f"prepared/{MANIFEST}", f"unfinished/{JOB}", "other/a.idx", "b.idx"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    names = ("text.jsonl", "raw", "prepared", "unfinished", "other", "b")
+    run = config(data={"files": [str(tmp_path / name) for name in names]})
+    file, folder, half = errors(run, files=True)
+    assert file == (
+        f"data.files[0]: {tmp_path}/text.jsonl is raw text; prepare it: zj prepare data.files=[{tmp_path}/text.jsonl] "
+        "tokenizer.path=... out=DIR, and name DIR here"
+    )
+    assert folder.startswith(f"data.files[1]: {tmp_path}/raw is a folder without prepared text; prepare it: zj prepare")
+    assert half.startswith(f"data.files[5]: {tmp_path}/b does not exist (nor .bin and .idx")
+    chat = config(
+        algorithm={"kind": "sft"}, data={"kind": "chat", "max_length": 64, "files": [f"{tmp_path}/text.jsonl"]}
+    )
+    assert errors(chat, files=True) == []
 
 
 def test_inputs_nobody_named_stop_a_run_but_not_a_check() -> None:
