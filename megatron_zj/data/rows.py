@@ -79,28 +79,34 @@ class Encoder:
         row = render(record.messages, self._template, self._tokenizer)
         if self._fits(row) or not self._may_shorten(_length(row), counts):
             return [_single(row)] if self._fits(row) else []
-        if self._overlong == "truncate":
-            return [_single(self._cut(row))]
-        return [_single(self._cut(part)) for part in self._split(record.messages)]
+        parts = self._split(record.messages) if self._overlong == "split" else [record.messages]
+        return [_single(self._shortened(part)) for part in parts]
 
-    def _split(self, messages: tuple[Message, ...]) -> list[list[Span]]:
-        """As few rows as hold the dialogue's exchanges in order; the system turn stands in each."""
+    def _split(self, messages: tuple[Message, ...]) -> list[tuple[Message, ...]]:
+        """As few dialogues as hold the exchanges in order, each in a row; the system turn stands in each."""
         first = 1 if messages[0].role == "system" else 0
-        head, turns = list(messages[:first]), list(messages[first:])
-        rows: list[list[Span]] = []
-        held: list[Message] = []
+        head, turns = messages[:first], messages[first:]
+        parts: list[tuple[Message, ...]] = []
         for index in range(0, len(turns), 2):
             pair = turns[index : index + 2]
-            longer = render([*head, *held, *pair], self._template, self._tokenizer)
-            if held and not self._fits(longer):
-                held = []
-                rows.append(render([*head, *pair], self._template, self._tokenizer))
-            elif held:
-                rows[-1] = longer
+            if parts and self._fits(render([*parts[-1], *pair], self._template, self._tokenizer)):
+                parts[-1] += pair
             else:
-                rows.append(longer)
-            held += pair
-        return rows
+                parts.append((*head, *pair))
+        return parts
+
+    def _shortened(self, messages: tuple[Message, ...]) -> list[Span]:
+        """A dialogue cut on the right; before that, a first question that leaves no room for an answer is cut."""
+        row = render(messages, self._template, self._tokenizer)
+        if len(row[0].ids) >= self._max_length:
+            first = 1 + next(index for index, message in enumerate(messages) if message.role == "user")
+            prompt = self._shorter_prompt(messages[:first], self._room(len(row[1].ids)))
+            row = render([*prompt, *messages[first:]], self._template, self._tokenizer)
+        return self._cut(row)
+
+    def _room(self, answer: int) -> int:
+        """Tokens that a prompt may take of a row beside an answer of that many: half of them, or what is over."""
+        return max(self._max_length // 2, self._max_length - answer)
 
     def _cut(self, row: Sequence[Span]) -> list[Span]:
         """Cut on the right; what is left ends with an answer's tokens (without eos where the cut fell inside)."""
@@ -110,10 +116,8 @@ class Encoder:
             if room > 0:
                 kept.append(Span(span.ids[:room], span.target))
             room -= len(span.ids)
-        while kept and not kept[-1].target:
+        while not kept[-1].target:
             kept.pop()
-        if not kept:
-            raise BadRecord(f"the first question alone fills all {self._max_length} tokens of a row", field="messages")
         return kept
 
     def _ranking(self, record: PreferenceRecord, counts: Counts) -> list[Unit]:
@@ -122,9 +126,7 @@ class Encoder:
         if longest > self._max_length:
             if not self._may_shorten(longest, counts):
                 return []
-            answer = max(_length(row[1:]) for row in rows)
-            room = max(self._max_length // 2, self._max_length - answer)
-            prompt = self._shorter_prompt(record.prompt, room)
+            prompt = self._shorter_prompt(record.prompt, self._room(max(_length(row[1:]) for row in rows)))
             rows = [self._cut(self._response(prompt, response)) for response in record.responses]
         return [Unit(tuple(tuple(row) for row in rows), record.dense_ranks())]
 
@@ -162,7 +164,11 @@ class Encoder:
             fits = cut.strip() == "" or self._prompt_length((*head, Message("user", cut))) <= room
             low, high = (middle, high) if fits else (low, middle - 1)
         if not question[:low].strip():
-            raise BadRecord(f"the prompt's frame alone takes {room} tokens", field="prompt")
+            least = self._prompt_length((*head, Message("user", question.strip()[:1])))
+            raise BadRecord(
+                f"the prompt's frame alone takes {least} tokens of a row, where {room} are for the prompt",
+                hint=f"raise data.max_length (now {self._max_length}), or leave such records out: data.overlong=skip",
+            )
         return (*head, Message("user", question[:low]))
 
     def _prompt_length(self, messages: tuple[Message, ...]) -> int:

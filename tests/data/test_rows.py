@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_zj.data.chat import TEMPLATES, Message, render, render_prompt
@@ -42,11 +42,10 @@ def test_truncated_dialogue_is_a_prefix_that_ends_in_an_answer(
     tokenizer: SentencePieceTokenizer, pairs: list[tuple[str, str]], max_length: int
 ) -> None:
     whole = render(dialogue(pairs), ZIYA, tokenizer)
-    try:
-        units, counts = encode(tokenizer, DialogueRecord(dialogue(pairs)), max_length, "truncate")
-    except BadRecord:
-        assert len(whole[0].ids) >= max_length  # the first question leaves no room for an answer
+    record = DialogueRecord(dialogue(pairs))
+    if len(whole[0].ids) >= max_length:  # the first question leaves no room for an answer
         return
+    units, counts = encode(tokenizer, record, max_length, "truncate")
     row = units[0].rows[0]
     assert ids(row) == ids(tuple(whole))[: len(ids(row))]
     assert len(ids(row)) <= max_length
@@ -71,6 +70,39 @@ def test_split_dialogue_keeps_every_exchange_once_in_rows_that_fit(
         assert answer == expected[: len(answer)]  # cut only where a single exchange is too long
     whole = len(ids(tuple(render(messages, ZIYA, tokenizer))))
     assert (len(rows) == 1) if whole <= max_length else (len(rows) > 1 or len(pairs) == 1)
+
+
+@pytest.mark.parametrize("overlong", ["truncate", "split"])
+@settings(max_examples=60, deadline=None)
+@given(pairs=pairs_of_turns, question=st.text("头痛发热，？", min_size=30, max_size=60), max_length=st.integers(20, 30))
+def test_a_question_that_fills_its_row_is_cut_so_that_its_answer_is_still_learnt(
+    tokenizer: SentencePieceTokenizer, overlong: str, pairs: list[tuple[str, str]], question: str, max_length: int
+) -> None:
+    asked = [(question, pairs[0][1]), *pairs[1:]]
+    answer = [*tokenizer.encode(asked[0][1]), tokenizer.eos_id]
+    room = max(max_length // 2, max_length - len(answer))
+    cuts = [render_prompt([Message("user", question[:n])], ZIYA, tokenizer) for n in range(1, len(question) + 1)]
+    assume(len(cuts[-1]) >= max_length)
+    units, counts = encode(tokenizer, DialogueRecord(dialogue(asked)), max_length, overlong)
+    row = units[0].rows[0]
+    assert list(row[0].ids) == [cut for cut in cuts if len(cut) <= room][-1]  # as many characters as fit
+    assert [span.target for span in row[:2]] == [False, True]
+    assert list(row[1].ids) == answer[: max_length - len(row[0].ids)]
+    assert counts.shortened == 1
+    assert overlong == "truncate" or len(units) >= min(len(pairs), 2)
+    assert all(len(ids(unit.rows[0])) <= max_length and unit.rows[0][-1].target for unit in units)
+
+
+def test_a_dialogue_whose_frame_fills_its_row_names_the_settings_to_change(tokenizer: SentencePieceTokenizer) -> None:
+    record = DialogueRecord((Message("system", "医生" * 20), *dialogue([("头痛", "多久？")])))
+    least = len(render_prompt((record.messages[0], Message("user", "头")), ZIYA, tokenizer))
+    with pytest.raises(BadRecord, match=f"frame alone takes {least} tokens") as caught:
+        encode(tokenizer, record, 20, "truncate")
+    located = str(caught.value.located("a.jsonl", 3))
+    assert "a.jsonl, record at line 3" in located
+    assert "raise data.max_length (now 20)" in located
+    assert "data.overlong=skip" in located
+    assert encode(tokenizer, record, 20, "skip")[0] == []
 
 
 def test_overlong_dialogue_is_an_error_or_skipped_as_the_policy_says(tokenizer: SentencePieceTokenizer) -> None:
