@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,7 @@ from typing import Any
 from megatron_zj.runtime.files import named, write_whole
 
 FILE_NAME = "metrics.jsonl"
+WANDB_ID = "wandb_id.txt"  # in the run's folder
 
 
 class MetricsLog:
@@ -36,9 +38,9 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         if tensorboard:
             self._tensorboard = _optional("torch.utils.tensorboard", "run.tensorboard", "tensorboard")
+        self._project = wandb_project
         if wandb_project is not None:
-            wandb = _optional("wandb", "run.wandb_project", "wandb")
-            self._wandb = wandb.init(project=wandb_project, dir=folder, id=folder.resolve().name, resume="allow")
+            _optional("wandb", "run.wandb_project", "wandb")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add the line of ``step`` (algorithm steps, counted from 1); steps are written in rising order."""
@@ -69,7 +71,19 @@ class MetricsLog:
         write_whole(self._path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept).encode())
         if self._tensorboard is not None:
             self._summary = self._tensorboard.SummaryWriter(self._path.parent / "tensorboard", purge_step=first_step)
+        if self._project is not None:
+            self._wandb = self._start_wandb(self._project, resumed=bool(kept))
         self._started = True
+
+    def _start_wandb(self, project: str, resumed: bool) -> Any:
+        """A resumed run goes on under the id that its folder keeps; every other run, in whatever folder, gets a new one
+        (folders share names, and Weights & Biases drops steps at or below those it has)."""
+        folder = self._path.parent
+        kept = folder / WANDB_ID
+        if not (resumed and kept.exists()):
+            write_whole(kept, uuid.uuid4().hex.encode())
+        wandb = _optional("wandb", "run.wandb_project", "wandb")
+        return wandb.init(project=project, dir=folder, id=kept.read_text(), name=str(folder), resume="allow")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

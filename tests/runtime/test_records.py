@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +84,32 @@ def test_tensorboard_gets_the_steps_where_asked(tmp_path: Path) -> None:
     reader = events.EventAccumulator(str(tmp_path / "tensorboard"))
     reader.Reload()
     assert [(event.step, event.value) for event in reader.Scalars("loss")] == [(1, 11.0), (2, 22.0), (3, 23.0)]
+
+
+def test_a_resumed_run_alone_goes_on_in_its_weights_and_biases_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    histories: dict[str, list[int]] = {}
+
+    def init(*, id: str, **settings: object) -> SimpleNamespace:
+        assert settings["project"] == "clinic"
+        history = histories.setdefault(id, [])
+        return SimpleNamespace(log=lambda values, step: history.append(step), finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+
+    def train(folder: str, *steps: int) -> None:
+        metrics = MetricsLog(tmp_path / folder, wandb_project="clinic")
+        for step in steps:
+            metrics.write(step, {"loss": 1.0})
+        metrics.close()
+
+    train("zhongjing/sft", 1, 2, 3)
+    train("zhongjing/sft", 3, 4)  # resumed
+    train("chimed_gpt/sft", 1, 2)  # another run whose folder has the same name
+    train("zhongjing/sft", 1, 2)  # a fresh run in the old folder
+    MetricsLog(tmp_path / "zhongjing/sft", wandb_project="clinic", rank=1).write(3, {})
+    assert list(histories.values()) == [[1, 2, 3, 3, 4], [1, 2], [1, 2]]
 
 
 @pytest.mark.parametrize(
