@@ -32,7 +32,7 @@ from megatron_zj.data.prepare import PrepareConfig
 ROOT = Path(__file__).resolve().parents[2]
 OTHERS = {"pip", "source", "export", "pytest", "ruff", "mypy"}  # programs whose arguments are not ours to check
 GPUS_PER_NODE = 8  # of launch/slurm.sbatch
-_FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _SHELL = {"", "bash", "sh"}
 _TOKENIZER = {"train": tokenizer.TrainConfig, "extend": tokenizer.ExtendConfig, "show": tokenizer.ShowConfig}
 
@@ -43,7 +43,7 @@ def shell_lines(text: str) -> list[str]:
     An unmarked block counts where its lines begin with a program of ours.
     """
     found = []
-    for language, block in _FENCE.findall(text):
+    for language, block in FENCE.findall(text):
         if language not in _SHELL:
             continue
         for line in re.sub(r"\\\n\s*", " ", block).splitlines():
@@ -55,7 +55,7 @@ def shell_lines(text: str) -> list[str]:
 
 def inline_commands(text: str) -> list[str]:
     """``make x`` and ``zj x ...`` in running text."""
-    without_blocks = _FENCE.sub("", text)
+    without_blocks = FENCE.sub("", text)
     return [words for words in re.findall(r"`((?:make|zj) [^`]+)`", without_blocks) if _split(words)]
 
 

@@ -15,9 +15,10 @@ import yaml
 from megatron_zj.config.inference import EvaluationConfig, InferenceConfig
 from megatron_zj.config.run import RunConfig
 from megatron_zj.data.formats.registry import FORMATS
-from tests.docs.commands import ROOT, inline_commands, refuse, shell_lines
+from tests.docs.commands import FENCE, ROOT, inline_commands, refuse, shell_lines
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BASES = (".", "megatron_zj", "conf/experiment")  # what a page's path may start from
 _NO_KEY = {"json", "model", "py", "md", "yaml", "jsonl", "safetensors"}  # ends of file names that look like keys
 
 
@@ -128,6 +129,40 @@ def keys_of(page: Path) -> set[str]:
         and word.partition(".")[0] in groups
         and word.rpartition(".")[2] not in _NO_KEY
     }
+
+
+OPS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/reference.py"))
+
+
+def missing_paths(text: str) -> list[str]:
+    """Paths in backticks that are not in the tree.  ``<op>`` stands for every op of kernels/, another ``<x>`` or ``*``
+    for anything there is, ``{a,b}`` for both; a run's own files are not looked for."""
+    spans = re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+    words = {word for span in spans for word in span.split() if "/" in word and not re.search(r"[=:]|^runs/", word)}
+    named = [word.replace("<op>", op) for word in words for op in (OPS if "<op>" in word else [""])]
+    return sorted(
+        word
+        for word in named
+        for pattern in _expanded(re.sub(r"<\w+>", "*", word).rstrip("/"))
+        if not any(any((ROOT / base).glob(f"{pattern}{end}")) for base in BASES for end in ("", ".yaml"))
+    )
+
+
+def _expanded(pattern: str) -> list[str]:
+    before, brace, after = pattern.partition("{")
+    inside, _, rest = after.partition("}")
+    return [f"{before}{word}{rest}" for word in inside.split(",")] if brace else [pattern]
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_paths_that_the_page_names_exist(name: str) -> None:
+    assert missing_paths((ROOT / name).read_text(encoding="utf-8")) == []
+
+
+def test_a_path_that_is_not_there_is_found() -> None:
+    planted = "`algorithms/gone.py` `tests/kernels/test_<op>.py` `data/{chat,gone}.py` `algorithms/<name>.py` `real/*`"
+    assert {"algorithms/gone.py", "tests/kernels/test_rope.py", "data/{chat,gone}.py"} <= set(missing_paths(planted))
+    assert len(missing_paths(planted)) == 2 + len(OPS)
 
 
 def test_keys_that_pages_name_exist() -> None:
