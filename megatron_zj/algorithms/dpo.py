@@ -12,45 +12,29 @@ forward pass more, and in return any layout works and a group need not fit one m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from megatron_zj.algorithms.experience import as_rows
-from megatron_zj.algorithms.functional import wins
+from megatron_zj.algorithms.functional import (
+    mask_responses,
+    preference_loss,
+    ranked_pairs,
+    response_sums,
+    spread_over_responses,
+    wins,
+)
+from megatron_zj.algorithms.objectives import WeightedLogprobs
 from megatron_zj.algorithms.resumable import Resumable
 from megatron_zj.config.algorithm import DPOConfig
-from megatron_zj.config.model import Want
 from megatron_zj.data.batch import GROUP, Batch
-from megatron_zj.data.packing import PackedBatch
 from megatron_zj.data.stream import Stream
-from megatron_zj.engine.objective import LossTerms, Metrics
+from megatron_zj.engine.objective import Metrics
 from megatron_zj.roles.role import Role
 from megatron_zj.roles.world import World, WorldBatch, world_sum
 from megatron_zj.runtime.timers import Timers
 
 _SUMS = ("loss", "pairs", "pair_accuracy", "margin", "reward_better", "reward_worse", "groups")
-
-
-@dataclass(frozen=True)
-class WeightedLogprobs:
-    """sum of ``loss_weight`` x log-probability, by the sum of ``loss_count``: both fields of the tokens."""
-
-    wants: tuple[Want, ...] = ("logprobs",)
-    temperature: float = 1.0
-
-    def weight(self, batch: PackedBatch) -> Tensor:
-        """What the rows say."""
-        return (batch.per_token["loss_count"] * batch.targets).sum()
-
-    def needs(self, batch: PackedBatch) -> Tensor:
-        """[T]: response tokens."""
-        return batch.per_token["loss_weight"]
-
-    def __call__(self, outputs: dict[str, Tensor], batch: PackedBatch) -> LossTerms:
-        return LossTerms((outputs["logprobs"] * batch.per_token["loss_weight"] * batch.targets).sum())
 
 
 class DPO(Resumable):
@@ -100,48 +84,27 @@ class DPO(Resumable):
         drawn = stream.next(num_groups, self.world.rank, self.world.size)
         ungrouped = {name: values for name, values in drawn.per_row.items() if name != GROUP}
         batch = WorldBatch.gather(Batch(drawn.tokens, drawn.per_token, ungrouped))
-        ref_logprobs = self.reference.infer("logprobs", batch)
-        logprobs = as_rows(self.actor.infer("logprobs", batch).wait())
-        gain = logprobs.replace(logprobs.values - as_rows(ref_logprobs.wait()).values)
-        prompts = drawn.per_row["prompt_length"].tolist()
-        gains = [float(row[start:].double().sum()) for row, start in zip(gain.split(), prompts, strict=True)]
-        rewards_R = (self.config.beta * torch.tensor(gains, dtype=torch.float64)).requires_grad_()
+        ref_logprobs, logprobs = self.reference.infer("logprobs", batch), self.actor.infer("logprobs", batch)
+        gain = drawn.tokens.replace(as_rows(logprobs.wait()).values - as_rows(ref_logprobs.wait()).values)
+        mask = mask_responses(drawn.tokens, drawn.per_row["prompt_length"])
+        rewards_R = (self.config.beta * response_sums(gain, mask)).requires_grad_()
         sums, first_rows = self._loss(rewards_R, drawn)
-        (slope_R,) = torch.autograd.grad(sums[0] + 0.0 * rewards_R.sum(), rewards_R)
-        weights, counts = torch.zeros_like(gain.values), torch.zeros_like(drawn.tokens.values)
-        for row, (weight, count) in enumerate(
-            zip(gain.replace(weights).split(), gain.replace(counts).split(), strict=True)
-        ):
-            weight[prompts[row] :] = self.config.beta * float(slope_R[row])
-            count[-1] = int(row in first_rows)
-        fields = {"loss_weight": gain.replace(weights), "loss_count": gain.replace(counts)}
+        (slope_R,) = torch.autograd.grad(sums[0], rewards_R)
+        weights_R = (self.config.beta * slope_R).to(gain.values.dtype)
+        counts_T = torch.zeros_like(drawn.tokens.values)
+        counts_T[drawn.tokens.offsets[1:][first_rows] - 1] = 1
+        fields = {"loss_weight": spread_over_responses(weights_R, mask), "loss_count": mask.replace(counts_T)}
         return batch.with_fields(fields), world_sum(sums)
 
-    def _loss(self, rewards_R: Tensor, rows: Batch) -> tuple[Tensor, set[int]]:
-        """[len(_SUMS)] of this rank's groups, and the first row of each group that has a pair."""
-        sums, first_rows = torch.zeros(len(_SUMS), dtype=torch.float64), set()
-        smoothing = self.config.label_smoothing
-        for group in rows.units():
-            pairs = _pairs(group, rows.per_row["rank"].tolist(), self.config.pairs == "best_worst")
-            if not pairs:
-                continue
-            better, worse = torch.tensor(pairs).unbind(1)
-            margin_P = rewards_R[better] - rewards_R[worse]
-            sigmoid = torch.nn.functional.logsigmoid
-            loss = (-(1 - smoothing) * sigmoid(margin_P) - smoothing * sigmoid(-margin_P)).mean()
-            entries = [margin_P.new_tensor(float(len(margin_P))), wins(margin_P).sum(), margin_P.sum()]
-            entries += [rewards_R[better].sum(), rewards_R[worse].sum(), margin_P.new_ones(())]
-            sums = sums + torch.stack([loss, *entries])
-            first_rows.add(group[0])
-        return sums, first_rows
-
-
-def _pairs(group: Sequence[int], ranks: Sequence[int], extremes: bool) -> list[tuple[int, int]]:
-    """(better, worse) rows of a group; ``extremes``: the first best and the first worst only."""
-    if extremes:
-        best, worst = min(group, key=lambda row: ranks[row]), max(group, key=lambda row: ranks[row])
-        return [(best, worst)] if ranks[best] < ranks[worst] else []
-    return [(one, other) for one in group for other in group if ranks[one] < ranks[other]]
+    def _loss(self, rewards_R: Tensor, rows: Batch) -> tuple[Tensor, Tensor]:
+        """[len(_SUMS)] of this rank's groups, and the first row [G] of each group that has a pair."""
+        ranks, extremes = rows.per_row["rank"].tolist(), self.config.pairs == "best_worst"
+        pairs = [(group[0], *pair) for group in rows.units() for pair in ranked_pairs(group, ranks, extremes)]
+        first, better, worse = torch.tensor(pairs, dtype=torch.int64).view(-1, 3).unbind(1)
+        margin_P, first_rows = rewards_R[better] - rewards_R[worse], torch.unique(first)
+        loss_P = preference_loss(margin_P, self.config.label_smoothing) / first.bincount()[first]
+        of_pairs = [loss_P, torch.ones_like(margin_P), wins(margin_P), margin_P, rewards_R[better], rewards_R[worse]]
+        return torch.stack([*(terms.sum() for terms in of_pairs), margin_P.new_tensor(len(first_rows))]), first_rows
 
 
 def _means(sums: Tensor) -> Metrics:

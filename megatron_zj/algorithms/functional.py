@@ -66,6 +66,23 @@ def importance_weights(logprobs_T: Tensor, sampling_logprobs_T: Tensor, cap: flo
     return (logprobs_T - sampling_logprobs_T).exp().clamp(max=cap)
 
 
+def preference_loss(margin_P: Tensor, label_smoothing: float) -> Tensor:
+    """[P]: -log sigmoid(margin) of each pair's better reward minus its worse (Rafailov et al. 2023, eq. 7).
+
+    ``label_smoothing`` e takes (1 - e) of it and e of the reversed pair's (Mitchell 2023).
+    """
+    held, reversed_ = (-torch.nn.functional.logsigmoid(sign * margin_P) for sign in (1, -1))
+    return (1 - label_smoothing) * held + label_smoothing * reversed_
+
+
+def ranked_pairs(group: Sequence[int], ranks: Sequence[int], extremes: bool) -> list[tuple[int, int]]:
+    """(better, worse) rows of a group; ``extremes``: the first best and the first worst only.  Ties give none."""
+    if extremes:
+        best, worst = min(group, key=lambda row: ranks[row]), max(group, key=lambda row: ranks[row])
+        return [(best, worst)] if ranks[best] < ranks[worst] else []
+    return [(one, other) for one in group for other in group if ranks[one] < ranks[other]]
+
+
 def aggregation_fields(mask: Rows, aggregation: Aggregation, dtype: torch.dtype = torch.float32) -> dict[str, Rows]:
     """What makes a sum over tokens the mean that is asked for, whatever the minibatch, micro-batch and layout.
 
@@ -124,6 +141,25 @@ def first_of_equals(keys: Sequence[Hashable]) -> list[int]:
     """
     first: dict[Hashable, int] = {}
     return [first.setdefault(key, place) for place, key in enumerate(keys)]
+
+
+def mask_responses(tokens: Rows, prompt_lengths_R: Tensor) -> Rows:
+    """int64: 1 on what follows a row's prompt."""
+    starts_T = (tokens.offsets[:-1] + prompt_lengths_R).repeat_interleave(tokens.lengths)
+    return tokens.replace((torch.arange(len(starts_T)) >= starts_T).to(torch.int64))
+
+
+def response_sums(values: Rows, response_mask: Rows) -> Tensor:
+    """[R] float64: each row's sum over its response tokens."""
+    rows_T = torch.arange(len(values)).repeat_interleave(values.lengths)
+    masked_T = values.values.double() * response_mask.values
+    return torch.zeros(len(values), dtype=torch.float64).index_add(0, rows_T, masked_T)
+
+
+def spread_over_responses(values_R: Tensor, response_mask: Rows) -> Rows:
+    """Each row's value on its response tokens, 0 elsewhere."""
+    values_T = values_R.repeat_interleave(response_mask.lengths)
+    return response_mask.replace(values_T * response_mask.values.to(values_R.dtype))
 
 
 def response_lengths(response_mask: Rows) -> Tensor:

@@ -7,9 +7,6 @@ reference stands in the loss.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from megatron_zj.algorithms.experience import (
     as_rows,
     as_tensor,
@@ -22,13 +19,12 @@ from megatron_zj.algorithms.experience import (
     prefixed,
     require_parity,
 )
-from megatron_zj.algorithms.functional import aggregation_fields, group_advantages
+from megatron_zj.algorithms.functional import aggregation_fields, group_advantages, spread_over_responses
 from megatron_zj.algorithms.health import Health
 from megatron_zj.algorithms.objectives import PolicyObjective
 from megatron_zj.algorithms.resumable import Resumable
 from megatron_zj.algorithms.shaping import Shaping
 from megatron_zj.config.algorithm import GRPOConfig
-from megatron_zj.data.batch import Rows
 from megatron_zj.data.stream import Stream
 from megatron_zj.engine.objective import Metrics
 from megatron_zj.roles.role import Role
@@ -89,7 +85,7 @@ class GRPO(Resumable):
             {
                 "old_logprobs": old,
                 "ref_logprobs": ref,
-                "advantages": _spread(advantages, mask),
+                "advantages": spread_over_responses(advantages, mask),
                 **aggregation_fields(mask, config.aggregation, old.values.dtype),
             }
         )
@@ -103,9 +99,3 @@ class GRPO(Resumable):
             if config.early_stop_kl is not None and updates[-1]["approx_kl"] > config.early_stop_kl:
                 break
         return prefixed("actor/", averages(updates)) | {"actor/first_ratio_off": updates[0]["ratio_off"]}
-
-
-def _spread(values_R: Tensor, mask: Rows) -> Rows:
-    """Each row's value on its response tokens, 0 elsewhere."""
-    values_T = torch.repeat_interleave(values_R, mask.lengths) * mask.values.to(values_R.dtype)
-    return mask.replace(values_T)

@@ -1,4 +1,4 @@
-"""The losses of policy and critic as the engine takes them: sums over a micro-batch, and their denominator."""
+"""Losses as the engine takes them: sums over a micro-batch, and their denominator."""
 
 from __future__ import annotations
 
@@ -105,3 +105,22 @@ class ValueObjective:
             outputs["values"], batch.per_token["old_values"], batch.per_token["returns"], clip=self.clip_value
         )
         return LossTerms((loss_T * weight_T).sum(), {"clip_fraction": (clipped_T * weight_T).sum()})
+
+
+@dataclass(frozen=True)
+class WeightedLogprobs:
+    """sum of ``loss_weight`` x log-probability, by the sum of ``loss_count``: both fields of the tokens."""
+
+    wants: tuple[Want, ...] = ("logprobs",)
+    temperature: float = 1.0
+
+    def weight(self, batch: PackedBatch) -> Tensor:
+        """What the rows say."""
+        return (batch.per_token["loss_count"] * batch.targets).sum()
+
+    def needs(self, batch: PackedBatch) -> Tensor:
+        """[T]: response tokens."""
+        return batch.per_token["loss_weight"]
+
+    def __call__(self, outputs: dict[str, Tensor], batch: PackedBatch) -> LossTerms:
+        return LossTerms((outputs["logprobs"] * batch.per_token["loss_weight"] * batch.targets).sum())
