@@ -45,6 +45,7 @@ class NormColumn(ColumnParallelLinear):
     def __init__(self, *args: Any, config: Any, **kwargs: Any) -> None:
         super().__init__(*args, config=config, **kwargs)
         self.layer_norm_weight = nn.Parameter(torch.empty(config.hidden_size))
+        self.layer_norm_weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.eps = config.layernorm_epsilon
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
