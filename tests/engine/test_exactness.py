@@ -12,7 +12,7 @@ from megatron_zj.config.optim import EngineConfig
 from megatron_zj.config.parallel import ParallelConfig
 from megatron_zj.models.canonical import canonical_tensors
 from tests.engine.training import Case, reference, train_all, with_engine
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import Start, run_ranks
 
 BASE = Case()
 DIST = {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -23,12 +23,12 @@ def _layout(ranks: int, head: str = "lm", sp: bool = False, **axes: int) -> Case
     return Case(parallel, EngineConfig(micro_batch_tokens=32), head, ranks)  # type: ignore[arg-type]
 
 
-def check(cases: list[Case], timeout: float = 240.0) -> None:
-    """Train all the cases, which need equally many ranks, and compare each rank's numbers."""
+def check(cases: list[Case], timeout: float = 240.0, start: Start = "fork") -> None:
+    """Train all the cases, which need equally many ranks and one device, and compare each rank's numbers."""
     for head, model in {(case.head, case.model) for case in cases}:
-        reference(head, model)  # once, here: the ranks inherit it
-    ranks = cases[0].ranks
-    by_rank = run_ranks(ranks, train_all, cases, timeout=timeout)
+        reference(head, model)  # once, here: forked ranks inherit it
+    ranks, device = cases[0].ranks, cases[0].device
+    by_rank = run_ranks(ranks, train_all, cases, timeout=timeout, device=device, start=start)
     for index, case in enumerate(cases):
         results: list[dict[str, Any]] = [results[index] for results in by_rank]
         covered: set[str] = set()

@@ -55,6 +55,7 @@ class Case:
     head: HeadKind = "lm"
     ranks: int = 1
     model: ModelConfig = MODEL
+    device: str = "cpu"  # cuda: the rank's own
 
     def name(self) -> str:
         shown = [f"{axis}{getattr(self.parallel, axis)}" for axis in ("tp", "pp", "vpp", "cp")]
@@ -175,7 +176,8 @@ def make_engine(
 ) -> Engine:
     """A fresh engine of a case."""
     groups = groups or make_groups(case)
-    where = case.engine, optim, 8, HOST, SEED
+    device = HOST if case.device == "cpu" else torch.device(case.device, torch.cuda.current_device())
+    where = case.engine, optim, 8, device, SEED
     return build_engine(case.model, case.head, groups, *where, awaits_weights=awaits_weights)
 
 
@@ -216,12 +218,12 @@ def train(case: Case) -> dict[str, Any]:
         if step == 0:
             found = first_gradients(engine)
             gradient = max(
-                ((value - own_part(truth.first_gradients, case, groups, name)).abs().max().item(), name)
+                ((value.cpu() - own_part(truth.first_gradients, case, groups, name)).abs().max().item(), name)
                 for name, value in found.items()
             )
     engine.gather_weights()
     weights = max(
-        ((value - own_part(truth.weights, case, groups, name)).abs().max().item(), name)
+        ((value.cpu() - own_part(truth.weights, case, groups, name)).abs().max().item(), name)
         for name, value in read_stage(engine.chunks, groups).items()
     )
     return {

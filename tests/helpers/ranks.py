@@ -1,6 +1,7 @@
 """Run a function on several ranks: fork + gloo + a file store, and an error that names the rank.
 
 Fork starts four ranks in a tenth of a second (spawn takes seconds) and a file store has no port to collide on.
+A process that has looked for a GPU cannot fork ranks that use it: those are spawned.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
-_FORK = multiprocessing.get_context("fork")
+Start = Literal["fork", "spawn"]
 _NO_SOCKET = "Gloo connectFullMesh failed"
 
 
@@ -29,28 +30,42 @@ class RankFailure(AssertionError):
     """A rank raised, died or did not end in time."""
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 120.0,
+    device: str = "cpu",
+    start: Start = "fork",
+) -> list[Any]:
     """``function(*args)`` on every rank of a gloo world; the picklable results in rank order.
+
+    ``device`` cuda: rank r has GPU r, and tensors there go by NCCL; that wants ``start`` spawn.
 
     The first failure ends the other ranks at once.  ``timeout`` is in seconds, for the whole run.  A world whose
     sockets could not be connected (seen once in hundreds of worlds on a busy machine, before any code of ours has
     run in them) is tried once more.
     """
     try:
-        return _run_world(world_size, function, args, timeout)
+        return _run_world(world_size, function, args, timeout, device, start)
     except RankFailure as failure:
         if _NO_SOCKET not in str(failure):
             raise
-        return _run_world(world_size, function, args, timeout)
+        return _run_world(world_size, function, args, timeout, device, start)
 
 
-def _run_world(world_size: int, function: Callable[..., Any], args: Any, timeout: float) -> list[Any]:
+def _run_world(
+    world_size: int, function: Callable[..., Any], args: Any, timeout: float, device: str, start: Start
+) -> list[Any]:
+    context: Any = multiprocessing.get_context(start)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         pipes, processes = [], []
         for rank in range(world_size):
-            receiver, sender = _FORK.Pipe(duplex=False)
-            process = _FORK.Process(
-                target=_rank_main, args=(rank, world_size, folder, timeout, sender, function, args), daemon=False
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_rank_main,
+                args=(rank, world_size, folder, timeout, device, sender, function, args),
+                daemon=False,
             )
             process.start()
             sender.close()
@@ -98,15 +113,29 @@ def _hang_report(ranks: list[int], processes: list[Any], timeout: float, folder:
 
 
 def _rank_main(
-    rank: int, world_size: int, folder: str, timeout: float, sender: Any, function: Callable[..., Any], args: Any
+    rank: int,
+    world_size: int,
+    folder: str,
+    timeout: float,
+    device: str,
+    sender: Any,
+    function: Callable[..., Any],
+    args: Any,
 ) -> None:
     torch.set_num_threads(1)
     with open(f"{folder}/stack-{rank}", "w") as stack:
         faulthandler.register(10, file=stack, all_threads=False)
         try:
             store = dist.FileStore(f"{folder}/store", world_size)
+            if device == "cuda":
+                torch.cuda.set_device(rank)
             dist.init_process_group(
-                "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+                "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+                store=store,
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=timeout),
+                device_id=torch.device("cuda", rank) if device == "cuda" else None,
             )
             message = (True, function(*args))
         except BaseException:
