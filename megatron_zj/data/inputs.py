@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,14 @@ from megatron_zj.config.data import ChatConfig, OnBadRecord, Overlong, Preferenc
 from megatron_zj.data.chat import chat_template
 from megatron_zj.data.errors import BadRecord, DataError
 from megatron_zj.data.formats.reading import Item
-from megatron_zj.data.formats.registry import Format, choose_format, convert_item, raw_items
+from megatron_zj.data.formats.registry import Format, choose_format, convert_any, convert_item, raw_items
 from megatron_zj.data.raw import raw_files
-from megatron_zj.data.records import Kind
+from megatron_zj.data.records import DERIVED, Kind
 from megatron_zj.data.rows import Counts, Encoder, TooLong, Unit
 from megatron_zj.data.store import MemoryStore
 from megatron_zj.data.tokenizer import Tokenizer
 
+_log = logging.getLogger(__name__)
 RowsConfig = ChatConfig | PreferenceConfig | PromptsConfig
 MAX_TOKENS_IN_MEMORY = 1 << 28  # 1 GiB of ids a rank; above that the data must be prepared
 
@@ -92,10 +94,23 @@ def _encoded(
     with tqdm(desc="tokenizing", unit=" records", disable=not progress) as bar:
         for path in map(Path, raw_files(files)):
             form = choose_format(path, conversion.format)
+            told = False
             for item in raw_items(path, form):
+                told = told or _tell_derived(path, item, form, conversion.kind)
                 yield from encode_items(path, [(number, item)], form, conversion, encoder, counts)
                 number += 1
                 bar.update()
+
+
+def _tell_derived(path: Path, item: Item, form: Format, kind: Kind) -> bool:
+    """One line where a file's records are of another kind than the stream's; False: this record says nothing."""
+    try:
+        record = convert_any(item, form)
+    except BadRecord:
+        return False
+    if (made := DERIVED.get((type(record), kind))) is not None:
+        _log.info("%s (%s) for data.kind=%s: %s", path, form.name, kind, made)
+    return True
 
 
 def _limited(units: Iterable[tuple[Unit, int, str]], counts: Counts) -> Iterator[tuple[Unit, int, str]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 from megatron_zj.data.chat import Message, RoleName
@@ -72,13 +73,18 @@ _PRODUCES: dict[type, Kind] = {
     PromptRecord: "prompts",
 }
 
+DERIVED: Mapping[tuple[type, Kind], str] = MappingProxyType(  # what ``derive`` makes of a record of another kind
+    {
+        (PreferenceRecord, "chat"): "each ranking gives a dialogue with its first best response; the others are unused",
+        (PreferenceRecord, "prompts"): "each ranking gives its prompt; its responses are unused",
+        (DialogueRecord, "prompts"): "each dialogue gives a prompt: all but its last answer",
+        (DialogueRecord, "corpus"): "each dialogue gives a text: its turns, a line each",
+    }
+)
+
 
 def derive(record: Record, kind: Kind) -> Record:
-    """The record a stream of this kind needs, where it follows from the one the file has.
-
-    A dialogue gives a prompt (all but its last answer) and a text (its turns, a line each); a ranking gives a prompt
-    and a dialogue (with its first best response).
-    """
+    """The record a stream of this kind needs, where it follows from the one the file has (``DERIVED``)."""
     if _PRODUCES[type(record)] == kind:
         return record
     if isinstance(record, PreferenceRecord) and kind == "prompts":

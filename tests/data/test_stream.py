@@ -236,3 +236,31 @@ def test_settings_that_cannot_work_are_named(folder: Path, tokenizer: SentencePi
         build_stream(ChatConfig(files=(name,)), plain, 0)
     with pytest.raises(ValueError, match="rank"):
         stream("chat", folder, tokenizer).next(1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("file", "kind", "expected"),
+    [
+        ("preference", "chat", ": each ranking gives a dialogue with its first best response; the others are unused"),
+        ("preference", "prompts", ": each ranking gives its prompt; its responses are unused"),
+        ("chat", "prompts", ": each dialogue gives a prompt: all but its last answer"),
+        ("chat", "chat", None),
+        ("preference", "preference", None),
+    ],
+)
+def test_a_file_of_another_kind_is_used_and_one_line_says_how(
+    folder: Path,
+    tokenizer: SentencePieceTokenizer,
+    caplog: pytest.LogCaptureFixture,
+    file: str,
+    kind: str,
+    expected: str | None,
+) -> None:
+    configs = {"chat": ChatConfig, "preference": PreferenceConfig, "prompts": PromptsConfig}
+    path = folder / f"{file}.jsonl"
+    with caplog.at_level("INFO", logger="megatron_zj"):
+        assert build_stream(configs[kind](files=(str(path),)), tokenizer, 1).num_units == NUM
+    told = [record.getMessage() for record in caplog.records if " for data.kind=" in record.getMessage()]
+    assert [(line.startswith(f"{path} ("), line.endswith(str(expected))) for line in told] == (
+        [(True, True)] if expected else []
+    )
