@@ -59,6 +59,7 @@ def check(config: RunConfig, world_size: int | None = None, *, files: bool = Tru
     checks: list[Callable[[], Iterator[Finding]]] = [
         lambda: _model_split(config, blocks),
         lambda: _engines(config, blocks),
+        lambda: _te_attention(config, blocks),
         lambda: _kinds(config),
         lambda: _lengths(config),
         lambda: _batches(config, blocks),
@@ -164,6 +165,24 @@ def _model_split(config: RunConfig, blocks: list[Block]) -> Iterator[Finding]:
     unsuited = [finding for block in blocks for finding in fp8_misfits(config.model, block.parallel)]
     for setting, message in dict.fromkeys(unsuited):  # placements may say the same
         yield Finding(key=setting, message=message)
+
+
+def _te_attention(config: RunConfig, blocks: list[Block]) -> Iterator[Finding]:
+    """What Transformer Engine's attention under context parallelism refuses in its first forward pass."""
+    cut = [block for block in blocks if block.parallel.cp > 1 and config.model.kernels == "te"]
+    if cut and config.model.head_size % 8:
+        yield Finding(
+            key="model.kernels",
+            message=f"under context parallelism te needs heads of a multiple of 8, and these are "
+            f"{config.model.head_size}; set {cut[0].key}.cp=1, or model.kernels=auto",
+        )
+    for block in cut:
+        for name in block.roles:
+            role = roles(config)[name]
+            if engine_of(config, role).precision == "fp32":
+                key = f"algorithm.{name}.engine" if role.engine else "engine"
+                message = f"under context parallelism model.kernels=te has no fp32; use bf16 or fp16, {block.key}.cp=1"
+                yield Finding(key=f"{key}.precision", message=f"{message}, or model.kernels=auto")
 
 
 def _engines(config: RunConfig, blocks: list[Block]) -> Iterator[Finding]:

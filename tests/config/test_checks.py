@@ -177,6 +177,35 @@ def test_sizes_that_fp8_products_refuse_are_named_with_what_would_do(
     assert errors(config(model=model, **layout)) == []
 
 
+@pytest.mark.parametrize(
+    ("model", "precision", "expected"),
+    [
+        ({}, "bf16", None),
+        (
+            {},
+            "fp32",
+            "engine.precision: under context parallelism model.kernels=te has no fp32; use bf16 or fp16, "
+            "parallel.cp=1, or model.kernels=auto",
+        ),
+        (
+            {"head_dim": 20},
+            "fp16",
+            "model.kernels: under context parallelism te needs heads of a multiple of 8, and these are 20; set "
+            "parallel.cp=1, or model.kernels=auto",
+        ),
+    ],
+)
+def test_what_transformer_engine_s_attention_refuses_under_context_parallelism_is_said_before(
+    model: dict[str, Any], precision: str, expected: str | None
+) -> None:
+    def found(kernels: str, cp: int) -> list[str]:
+        asked = {"model": {**model, "kernels": kernels}, "engine": {"precision": precision}}
+        return errors(config(**asked, world_size=2, parallel={"cp": cp}), here=False)
+
+    assert found("te", 2) == ([] if expected is None else [expected])
+    assert found("te", 1) == found("auto", 2) == []
+
+
 def test_placements_that_refuse_the_same_size_say_so_once() -> None:
     asked = {"model": {"hidden_size": 136, "head_dim": 32, "kernels": "te", "fp8": "hybrid"}}
     found = errors(ppo(**SPLIT, **asked, engine={"precision": "bf16"}), here=False)
