@@ -23,10 +23,10 @@ from megatron_zj.checkpoint.files import FileRecord, copy_file, read_json, write
 from megatron_zj.checkpoint.hf_config import read_config, write_config
 from megatron_zj.checkpoint.manifest import (
     TOKENIZER,
-    Manifest,
     ManifestInfo,
     RoleInfo,
     new_manifest,
+    pick_role,
     read_manifest,
     verify,
     write_manifest,
@@ -255,11 +255,11 @@ def export_hf(source: Path, target: Path, *, role: str | None = None, max_shard_
     """Write the Hugging Face folder ``target`` from one role of the newest checkpoint at ``source``.
 
     A scalar head becomes the ``score`` of LlamaForSequenceClassification (a reward model) or
-    LlamaForTokenClassification (a critic).  Raises CheckpointError: damaged, several roles and none named, NaN.
+    LlamaForTokenClassification (a critic).  Raises CheckpointError: damaged, no such role (``pick_role``), NaN.
     """
     folder = retention.newest(source) or source
     manifest = read_manifest(folder)
-    chosen = _pick_role(folder, manifest, role)
+    chosen = pick_role(folder, manifest, role)
     info = manifest.roles[chosen]
     prefix = f"{ROLES}/{chosen}/"
     names = [n for n in manifest.files if not n.startswith(f"{ROLES}/") or n.startswith(prefix)]
@@ -282,15 +282,6 @@ def export_hf(source: Path, target: Path, *, role: str | None = None, max_shard_
                 copy_file(folder / name, target / file)
 
     return _complete_or_absent(target, write)
-
-
-def _pick_role(folder: Path, manifest: Manifest, role: str | None) -> str:
-    if role is None and len(manifest.roles) == 1:
-        return next(iter(manifest.roles))
-    if role is None or role not in manifest.roles:
-        said = "has several roles" if role is None else f"has no role {role!r}"
-        raise CheckpointError(f"{folder} {said}; choose one with --role: {', '.join(sorted(manifest.roles))}")
-    return role
 
 
 def _outgoing(reader: ShardReader, info: RoleInfo) -> tuple[list[Outgoing], list[Outgoing]]:

@@ -89,9 +89,11 @@ def load(
     with everywhere(f"loading the algorithm's state from {folder}"):
         if not weights_only:
             state = tree.load_tree(folder, ALGORITHM)
+    if not sources:
+        return state  # a look at it: what it is for may still be refused
     what = "weights" if weights_only else "everything"
     names = ", ".join(role if role == source else f"{role} (from {source})" for role, source in sources.items())
-    log.info("loaded %s of %s from %s (step %d)", what, names or "the algorithm", folder, manifest.step)
+    log.info("loaded %s of %s from %s (step %d)", what, names, folder, manifest.step)
     return state
 
 

@@ -91,6 +91,14 @@ class Manifest:
         return {"checksum": _checksum(body), **body}
 
 
+def pick_role(folder: Path, manifest: Manifest, wanted: str | None) -> str:
+    """The role to use of a checkpoint: the one ``wanted``, else the only one, else the actor.  CheckpointError."""
+    name = wanted or (next(iter(manifest.roles)) if len(manifest.roles) == 1 else "actor")
+    if name not in manifest.roles:
+        raise CheckpointError(f"{folder} has no role {name!r}; choose one of {', '.join(sorted(manifest.roles))}")
+    return name
+
+
 def new_manifest(
     step: int, roles: Mapping[str, RoleInfo], files: Mapping[str, FileRecord], info: ManifestInfo
 ) -> Manifest:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from megatron_zj.algorithms.rules import unknown_rules
-from megatron_zj.cli.compose import compose_run, frozen_text, load_frozen
+from megatron_zj.cli.compose import compose_run, experiments, frozen_text, load_frozen
 from megatron_zj.cli.main import entry
 from megatron_zj.config.algorithm import OnPolicyConfig
 from megatron_zj.config.checks import Finding, check, missing_inputs
@@ -35,7 +35,9 @@ _MAX_GROUPS = 4  # groups of an axis that are written out
 
 def main(argv: Sequence[str]) -> int:
     """Print what the run would be and what is wrong with it.  Returns 0 when nothing is."""
-    parser = argparse.ArgumentParser(prog="zj check", description="Validate a configuration without running it.")
+    parser = argparse.ArgumentParser(
+        prog="zj check", description="Validate a configuration without running it.", epilog=experiments()
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="experiment=zhongjing/pretrain world_size=64")
     parser.add_argument("--config", type=Path, help="a resolved configuration file instead of overrides")
     parser.add_argument("--no-files", action="store_true", help="do not look for input files")

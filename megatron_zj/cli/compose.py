@@ -193,6 +193,15 @@ def options_of(group: str) -> list[str]:
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
+def experiments() -> str:
+    """Every experiment in a few words, for ``--help``: ``debug/{ppo,sft}, demo/{...}``."""
+    families: dict[str, list[str]] = {}
+    for option in options_of("experiment"):
+        family, _, name = option.partition("/")
+        families.setdefault(family, []).append(name)
+    return "experiments: " + "; ".join(f"{family}/{{{', '.join(names)}}}" for family, names in families.items())
+
+
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
     """One sentence; an option that does not exist gets the nearest one."""
     for text in overrides:

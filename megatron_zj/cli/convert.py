@@ -19,12 +19,15 @@ _SHARD_GIB = 2.0
 
 def main(argv: Sequence[str]) -> int:
     """Convert in the direction that --from says.  Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="zj convert", description=__doc__)
+    parser = argparse.ArgumentParser(prog="zj convert", description=(__doc__ or "").replace("``", ""))
     parser.add_argument(
         "--from", dest="source", type=Path, required=True, help="Hugging Face folder; or step, checkpoints, run folder"
     )
     parser.add_argument("--to", dest="target", type=Path, required=True, help="new folder")
-    parser.add_argument("--role", help="which model of a checkpoint with several (actor, critic, ...)")
+    parser.add_argument(
+        "--role",
+        help="which model of a checkpoint with several; default: the actor",
+    )
     parser.add_argument(
         "--max-shard-gib",
         type=_gib,

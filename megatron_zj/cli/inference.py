@@ -13,12 +13,14 @@ from typing import Any, TypeVar
 
 import torch
 
+from megatron_zj.checkpoint.errors import CheckpointError
 from megatron_zj.checkpoint.load import agreed_newest, load
 from megatron_zj.checkpoint.manifest import (
     TOKENIZER,
     Manifest,
     RoleInfo,
     not_a_checkpoint,
+    pick_role,
     read_manifest,
     read_tokenizer,
 )
@@ -66,9 +68,12 @@ def wants_help(argv: Sequence[str]) -> bool:
 
 def help_text(usage: str | None, schema: type[InferenceConfig]) -> str:
     """The command's first words and every key of its configuration with its default."""
-    defaults = to_dict(schema(checkpoint=SourceConfig(load=Path("DIR"))))
+    source = SourceConfig(load=Path("DIR"))
+    defaults = to_dict(schema(checkpoint=source))
+    if "reference" in defaults:  # a second checkpoint, of which one may name any key and which is none by default
+        defaults["reference"] = to_dict(source)
     lines = [f"  {key}={value}" for key, value in _leaves(defaults)]
-    return "\n".join([(usage or "").strip(), "", "keys and defaults:", *lines, ""])
+    return "\n".join([(usage or "").strip().replace("``", ""), "", "keys and defaults:", *lines, ""])
 
 
 def _leaves(tree: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
@@ -99,7 +104,11 @@ class LoadedModel:
         if folder is None:
             raise ConfigError([f"{key}.load: {not_a_checkpoint(source.load)}"])
         manifest = read_manifest(folder)
-        name, info = _pick_role(manifest.roles, source.role, folder, key)
+        try:
+            name = pick_role(folder, manifest, source.role)
+        except CheckpointError as error:
+            raise ConfigError([f"{key}.role: {error}"]) from None
+        info = manifest.roles[name]
         self.key, self.folder, self.step, self.name, self.info = key, folder, manifest.step, name, info
         self.tokenizer: Tokenizer = _tokenizer(config.tokenizer, folder, manifest, info)
         stop_ids(config.sampling, self.tokenizer)  # a wrong name is told before a model is built
@@ -240,13 +249,6 @@ class LoadedModel:
 
 def _chunks(items: Sequence[Any]) -> list[tuple[int, Sequence[Any]]]:
     return [(start, items[start : start + CHUNK_ROWS]) for start in range(0, len(items), CHUNK_ROWS)]
-
-
-def _pick_role(roles: Any, wanted: str | None, folder: Path, key: str) -> tuple[str, RoleInfo]:
-    name = wanted or (next(iter(roles)) if len(roles) == 1 else "actor")
-    if name not in roles:
-        raise ConfigError([f"{key}.role: {folder} has no role {name!r}; it has {', '.join(sorted(roles))}"])
-    return name, roles[name]
 
 
 def _tokenizer(config: TokenizerConfig, folder: Path, manifest: Manifest, info: RoleInfo) -> Tokenizer:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from megatron_zj.cli.compose import compose_run, load_frozen
+from megatron_zj.cli.compose import compose_run, experiments, load_frozen
 from megatron_zj.cli.jobs import Job, expand, freeze, job_name, read_state, run_job, table, torchrun_command
 from megatron_zj.cli.main import entry
 from megatron_zj.cli.slurm import Allocation, write_sbatch
@@ -60,7 +60,9 @@ def main(argv: Sequence[str], train: Sequence[str] = TRAIN) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="zj launch", description="Run configurations under torchrun.")
+    parser = argparse.ArgumentParser(
+        prog="zj launch", description="Run configurations under torchrun.", epilog=experiments()
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="a sweep has commas: optim.lr=1e-4,3e-4")
     parser.add_argument("-m", "--multirun", action="store_true", help="every combination of the values given")
     parser.add_argument("--config", type=Path, help="a frozen configuration instead of overrides")

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_zj.checkpoint.retention import CHECKPOINTS, newest
 from megatron_zj.checkpoint.save import require_room
 from megatron_zj.cli.build import build_run
-from megatron_zj.cli.compose import compose_run, load_frozen, save_frozen
+from megatron_zj.cli.compose import compose_run, experiments, load_frozen, save_frozen
 from megatron_zj.cli.main import guarded
 from megatron_zj.config.checks import require
 from megatron_zj.config.derived import engine_of, head_of, is_trained, roles
@@ -24,7 +24,7 @@ from megatron_zj.train.loop import run
 
 def main(argv: Sequence[str]) -> int:
     """Compose (or read a frozen configuration), check, train."""
-    parser = argparse.ArgumentParser(prog="zj train", description="Run an experiment; see conf/experiment.")
+    parser = argparse.ArgumentParser(prog="zj train", description="Run an experiment.", epilog=experiments())
     parser.add_argument("--config", type=Path, help="a resolved configuration, as written to run.dir/config.yaml")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides: experiment=demo/sft optim.lr=1e-4 ...")
     arguments = parser.parse_args(list(argv))

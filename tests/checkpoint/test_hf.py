@@ -15,7 +15,7 @@ import transformers
 from megatron_zj.checkpoint.errors import CheckpointError
 from megatron_zj.checkpoint.hf import EXTRA, export_hf, import_hf
 from megatron_zj.checkpoint.load import load
-from megatron_zj.checkpoint.manifest import ManifestInfo, read_manifest
+from megatron_zj.checkpoint.manifest import Manifest, ManifestInfo, RoleInfo, pick_role, read_manifest
 from megatron_zj.checkpoint.save import Checkpointer
 from megatron_zj.checkpoint.tree import fingerprint
 from megatron_zj.cli import convert
@@ -172,6 +172,8 @@ def _scores(path: Path, role: str) -> list[float]:
 def test_every_head_and_the_padded_rows_survive_the_way_through_hugging_face(tmp_path: Path) -> None:
     heads: tuple[HeadKind, ...] = ("lm", "value", "score")
     run_ranks(2, _write_engine, tmp_path / "run", heads)
+    with pytest.raises(CheckpointError, match="no role 'actor'; choose one of lm, score, value"):
+        export_hf(tmp_path / "run", tmp_path / "unsaid")
     for head in heads:
         export_hf(tmp_path / "run", tmp_path / f"hf-{head}", role=head)
         import_hf(tmp_path / f"hf-{head}", tmp_path / f"zj-{head}")
@@ -180,6 +182,19 @@ def test_every_head_and_the_padded_rows_survive_the_way_through_hugging_face(tmp
         (after,) = run_ranks(1, _read_engine, tmp_path / f"zj-{head}", head, "model")
         assert before == after, head
         assert before[1]  # the rows of padding are not zero here
+
+
+def test_the_role_that_nobody_names_is_the_only_one_or_the_actor(tmp_path: Path) -> None:
+    role = RoleInfo(SMALL, "lm", False, {})
+
+    def picked(wanted: str | None, *roles: str) -> str:
+        return pick_role(tmp_path, Manifest(1, dict.fromkeys(roles, role), {}, {}), wanted)
+
+    assert picked(None, "model") == "model"
+    assert picked(None, "critic", "actor") == "actor"
+    assert picked("critic", "critic", "actor") == "critic"
+    with pytest.raises(CheckpointError, match="no role 'actor'; choose one of critic, policy"):
+        picked(None, "policy", "critic")
 
 
 def test_an_exported_reward_model_scores_the_same_in_transformers(tmp_path: Path) -> None:

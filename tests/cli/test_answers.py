@@ -367,3 +367,5 @@ def test_help_lists_every_key_with_its_default(command: ModuleType, capsys: pyte
     shown = capsys.readouterr().out
     assert "checkpoint.load=DIR" in shown
     assert "sampling.temperature=1.0" in shown
+    assert ("reference.load=DIR" in shown.partition("keys and defaults:")[2]) == (command is evaluate)
+    assert "reference=" not in shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import runpy
 import sys
 import types
@@ -13,6 +14,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from megatron_zj.cli import main as cli
+from megatron_zj.cli.compose import options_of
 from megatron_zj.config.loader import ConfigError
 from megatron_zj.runtime.distributed import LeftError
 
@@ -23,6 +25,25 @@ def test_without_a_command_it_lists_them(capsys: pytest.CaptureFixture[str]) -> 
     shown = capsys.readouterr().out
     for name in ("train", "prepare", "convert", "evaluate", "generate", "chat", "check", "launch", "tokenizer"):
         assert f"\n  {name} " in shown
+
+
+@pytest.mark.parametrize("command", ["train", "check", "launch"])
+def test_help_lists_the_experiments(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    listed = " ".join(capsys.readouterr().out.split()).partition("experiments: ")[2]
+    families = dict(family.split("/", 1) for family in listed.split("; "))
+    found = {f"{family}/{name}" for family, names in families.items() for name in names.strip("{}").split(", ")}
+    assert found == set(options_of("experiment"))
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_help_shows_no_markup(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):
+        cli.main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert len(shown) > 100
+    assert "``" not in shown
 
 
 def test_an_unknown_command_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,6 +152,7 @@ def test_a_run_that_cannot_go_on_is_told_so(world: Path, changes: dict[str, obje
     outcome = zj(train_argv("sft", world, "sft", **changes))
     assert outcome.code == 1
     assert complaint in outcome.error
+    assert "loaded" not in outcome.output + outcome.error  # it would contradict the refusal
 
 
 @pytest.mark.usefixtures("no_models")
