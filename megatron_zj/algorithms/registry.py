@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
+from megatron_zj.algorithms.algorithm import Algorithm
 from megatron_zj.algorithms.dpo import DPO
 from megatron_zj.algorithms.grpo import GRPO
 from megatron_zj.algorithms.ppo import PPO, PPORoles
@@ -27,32 +28,12 @@ from megatron_zj.config.algorithm import (
 )
 from megatron_zj.config.sampling import SamplingConfig
 from megatron_zj.data.stream import Stream
-from megatron_zj.engine.objective import Metrics
 from megatron_zj.roles.role import Role
 from megatron_zj.roles.world import World
 from megatron_zj.rollout.generate import Rollout
 from megatron_zj.runtime.timers import Timers
 
 C = TypeVar("C", bound=AlgorithmConfig)
-
-
-class Algorithm(Protocol):
-    """What every algorithm is.  One that can be validated has ``evaluate() -> Metrics`` too."""
-
-    num_steps_done: int
-
-    @property
-    def roles(self) -> dict[str, Role]:
-        """Every model of the algorithm, by name."""
-
-    def step(self) -> Metrics:
-        """One step; what it measured."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """All state but the models', as JSON types and tensors; the same on every rank."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undo ``state_dict``."""
 
 
 @dataclass(frozen=True, kw_only=True)

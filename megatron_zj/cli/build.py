@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from megatron_zj.algorithms.algorithm import Algorithm
 from megatron_zj.algorithms.provenance import require_head
-from megatron_zj.algorithms.registry import BUILDERS, Algorithm, Parts
+from megatron_zj.algorithms.registry import BUILDERS, Parts
 from megatron_zj.algorithms.rules import chosen_rules
 from megatron_zj.algorithms.shaping import ScoreScale
 from megatron_zj.checkpoint.errors import gather

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from tqdm import tqdm
 
+from megatron_zj.algorithms.algorithm import Algorithm
 from megatron_zj.checkpoint.save import Checkpointer, Saveable
 from megatron_zj.config.checkpoint import CheckpointConfig
 from megatron_zj.engine.objective import Metrics
@@ -19,7 +20,6 @@ from megatron_zj.runtime.log import step_line
 from megatron_zj.runtime.memory import peak_memory_mib
 from megatron_zj.runtime.metrics import MetricsLog
 from megatron_zj.runtime.timers import Timers
-from megatron_zj.train.loop import Algorithm
 
 logger = logging.getLogger(__name__)
 _GRACE_SECONDS = 60.0  # for a background save, once the run has failed

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
+from megatron_zj.algorithms.algorithm import Algorithm
 from megatron_zj.algorithms.health import HealthError
 from megatron_zj.engine.objective import Metrics
 from megatron_zj.engine.totals import NonFiniteError
@@ -14,21 +15,6 @@ from megatron_zj.runtime.profiler import StepProfiler
 from megatron_zj.runtime.timers import Timers
 
 _MAX_RECORDS = 12  # that a message names
-
-
-class Algorithm(Protocol):
-    """What the loop drives.  ``step`` draws its own data and ends with updated weights."""
-
-    num_steps_done: int
-
-    def step(self) -> Metrics:
-        """One step; what it measured."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """All state but the models', as JSON types and tensors; the same on every rank."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undo ``state_dict``."""
 
 
 class Callback(Protocol):
