@@ -1,4 +1,4 @@
-"""NVIDIA apex, or the unrelated package of the same name on PyPI, which must never be imported for it."""
+"""What megatron-core would take wherever it is installed, and must not: PyPI's apex, Transformer Engine on a CPU."""
 
 from __future__ import annotations
 
@@ -40,3 +40,12 @@ def refuse_foreign_apex() -> ApexKind:
             "it is not used. Remove it (pip uninstall apex); NVIDIA's is built from github.com/NVIDIA/apex"
         )
     return kind
+
+
+def hide_transformer_engine() -> None:
+    """Make ``import transformer_engine`` fail, so that megatron-core does without; for processes without a GPU.
+
+    Its fused Adam would be everybody's optimizer, and needs a GPU; so may importing it.
+    """
+    if importlib.util.find_spec("transformer_engine") is not None:
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment]

@@ -1,8 +1,10 @@
-"""PyPI's apex is recognised, reported and never imported; NVIDIA's is left alone."""
+"""PyPI's apex is recognised, reported and never imported, NVIDIA's is left alone; no Transformer Engine on a CPU."""
 
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -50,3 +52,14 @@ def test_nvidia_apex_is_left_alone(site: Path, caplog: pytest.LogCaptureFixture)
 
 def test_no_apex_is_no_problem(site: Path) -> None:
     assert accelerators.refuse_foreign_apex() == "absent"
+
+
+def test_transformer_engine_is_left_alone_by_a_process_without_a_gpu(site: Path) -> None:
+    """As on a GPU machine whose devices are hidden from a run on the CPU."""
+    (site / "transformer_engine").mkdir()
+    (site / "transformer_engine/__init__.py").write_text("raise OSError('libcuda.so.1: cannot open')\n")
+    optimizer = "import megatron_zj.parallel, megatron.core.optimizer as o, torch; assert o.Adam is torch.optim.AdamW"
+    environment = {**os.environ, "PYTHONPATH": str(site), "CUDA_VISIBLE_DEVICES": ""}
+    words = [sys.executable, "-c", optimizer]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
