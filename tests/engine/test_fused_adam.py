@@ -1,4 +1,7 @@
-"""NVIDIA's fused Adam, by a stand-in: it trains as torch's AdamW, and either resumes from the other's checkpoint."""
+"""NVIDIA's fused Adam: it trains as torch's AdamW, and either resumes from the other's checkpoint.
+
+By a stand-in here; on a GPU by the real one, Transformer Engine's or apex's.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,17 @@ from unittest import mock
 
 import megatron.core.optimizer as core_optimizer
 import pytest
+import torch
 from megatron.core.optimizer import distrib_optimizer
 
 from megatron_zj.config.optim import EngineConfig
 from megatron_zj.engine.engine import Engine
 from megatron_zj.models.canonical import read_stage
+from megatron_zj.parallel import accelerators
 from tests.engine.fused_adam import FusedAdam
 from tests.engine.training import Case, Squares, global_batch, make_engine, make_groups, shard_of
 from tests.engine.whole_state import load_whole, save_whole
+from tests.helpers.devices import device, te_installed, te_required, world_of_one
 from tests.helpers.ranks import run_ranks
 from tests.train import stages
 
@@ -46,21 +52,39 @@ FOUND = {
 }
 
 
+NONE_FOUND = dict(zip(FOUND, (torch.optim.AdamW, True, torch.optim.AdamW, False, False), strict=True))
+
+
 @contextlib.contextmanager
-def apex_found() -> Iterator[None]:
-    """Optimizers that are built inside are ``FusedAdam``."""
+def _as_if(found: dict[Any, Any]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        for (module, name), value in FOUND.items():
+        for (module, name), value in found.items():
             stack.enter_context(mock.patch.object(module, name, value))
         yield
 
 
+def apex_found() -> contextlib.AbstractContextManager[None]:
+    """Optimizers that are built inside are ``FusedAdam``."""
+    return _as_if(FOUND)
+
+
 def _fused(case: Case, groups: Any) -> Engine:
-    with apex_found():
+    """On a GPU megatron-core takes what is installed."""
+    with apex_found() if case.device == "cpu" else contextlib.nullcontext():
         engine = make_engine(case, groups)
     assert engine.optimizer is not None
-    assert type(engine.optimizer.adam) is FusedAdam
-    assert engine.optimizer.adam.adam_w_mode == 1
+    adam: Any = engine.optimizer.adam
+    owner = type(adam).__module__.split(".")[0]
+    assert type(adam) is FusedAdam if case.device == "cpu" else owner in ("transformer_engine", "apex"), type(adam)
+    assert adam.adam_w_mode == 1
+    return engine
+
+
+def _plain(case: Case, groups: Any) -> Engine:
+    with _as_if(NONE_FOUND):
+        engine = make_engine(case, groups)
+    assert engine.optimizer is not None
+    assert type(engine.optimizer.adam) is torch.optim.AdamW
     return engine
 
 
@@ -88,13 +112,13 @@ def _counts(engine: Engine) -> tuple[set[Any], bool]:
     )
 
 
-def _train_and_resume(config: EngineConfig) -> dict[str, Any]:
-    case = Case(engine=config)
+def _train_and_resume(config: EngineConfig, device: str = "cpu") -> dict[str, Any]:
+    case = Case(engine=config, device=device)
     groups = make_groups(case)
-    theirs, ours = _fused(case, groups), make_engine(case, groups)
+    theirs, ours = _fused(case, groups), _plain(case, groups)
     found: dict[str, Any] = {"first": (_steps(theirs, 0, 3), _steps(ours, 0, 3)), "apart": _apart(theirs, ours)}
     saved, saved_by_torch = save_whole(theirs), save_whole(ours)
-    resumed, to_torch, from_torch = _fused(case, groups), make_engine(case, groups), _fused(case, groups)
+    resumed, to_torch, from_torch = _fused(case, groups), _plain(case, groups), _fused(case, groups)
     for engine, state in ((resumed, saved), (to_torch, saved), (from_torch, saved_by_torch)):
         load_whole(engine, state)
     found["counts"] = [_counts(engine) for engine in (theirs, resumed, from_torch)]
@@ -108,16 +132,30 @@ def _train_and_resume(config: EngineConfig) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_fused_adam_trains_and_resumes_as_torchs_adamw(name: str) -> None:
-    exact = ENGINES[name].precision == "fp32"
     for found in run_ranks(2, _train_and_resume, ENGINES[name]):
-        _check_near(*found["first"], exact)
-        assert found["apart"] <= (1e-6 if exact else 5e-3)
-        assert found["counts"] == [({3}, False)] * 3
-        assert found["counts_after"] == ({6}, False)
-        assert found["resumed"] == found["went_on"], "the same optimizer resumes to the bit"
-        assert found["moved"] == 0.0
-        for steps in (found["went_on"], *found["across"]):
-            _check_near(steps, found["torch"], exact)
+        _check(found, exact=ENGINES[name].precision == "fp32")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not te_required() and not te_installed() and accelerators.apex_kind() != "nvidia",
+    reason="neither Transformer Engine nor NVIDIA's apex is installed (make gpu-check TE=1)",
+)
+@pytest.mark.parametrize("name", ENGINES)
+def test_on_a_gpu_the_real_fused_adam_trains_and_resumes_as_torchs_adamw(name: str) -> None:
+    with world_of_one():
+        _check(_train_and_resume(ENGINES[name], device()), exact=ENGINES[name].precision == "fp32")
+
+
+def _check(found: dict[str, Any], exact: bool) -> None:
+    _check_near(*found["first"], exact)
+    assert found["apart"] <= (1e-6 if exact else 5e-3)
+    assert found["counts"] == [({3}, False)] * 3
+    assert found["counts_after"] == ({6}, False)
+    assert found["resumed"] == found["went_on"], "the same optimizer resumes to the bit"
+    assert found["moved"] == 0.0
+    for steps in (found["went_on"], *found["across"]):
+        _check_near(steps, found["torch"], exact)
 
 
 def _check_near(steps: list[float], others: list[float], exact: bool) -> None:

@@ -5,7 +5,6 @@ Run by ``make gpu-check``.  Each run is a process of its own, so that the CPU's 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.devices import device, needs_transformer_engine
 from tests.train import stages
 
 pytestmark = pytest.mark.gpu
@@ -45,11 +45,6 @@ for module in (random_states, schedules):
     assert not hasattr(module, "__host_cuda__"), module
     assert type(module.__loader__).__module__.startswith(("importlib", "_frozen_importlib")), module.__loader__
 """
-
-
-def device() -> str:
-    """What ``run.device`` says; another device lets the file itself be tried out where there is no GPU."""
-    return os.environ.get("MEGATRON_ZJ_TEST_DEVICE", "cuda")
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +131,15 @@ def test_bf16_stays_near_fp32(folder: Path, stage: str) -> None:
         assert max(line["parity/mean"] for line in rounded) < 0.005, [line["parity/mean"] for line in rounded]
 
 
-needs_transformer_engine = pytest.mark.skipif(
-    importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed"
-)
+def test_fp16_trains_at_a_sane_scale_near_fp32(folder: Path) -> None:
+    train("pretrain", folder / "gpu", "pretrain_fp16", device(), engine__precision="fp16")
+    exact, rounded = numbers(folder / "gpu/pretrain"), numbers(folder / "gpu/pretrain_fp16")
+    for one, other in zip(exact, rounded, strict=True):
+        assert other["skipped"] == 0.0, other
+        assert other["loss_scale"] == 65536.0, other  # of a mean loss, as on the CPU: no overflow from the start
+        assert math.isclose(one["loss"], other["loss"], rel_tol=1e-3), (one["loss"], other["loss"])
+    assert rounded[-1]["loss"] < rounded[0]["loss"]
+    assert [line["loss"] for line in rounded] != [line["loss"] for line in exact]  # it did round
 
 
 @needs_transformer_engine
