@@ -6,6 +6,7 @@ SHELL := /bin/bash
 DEVICE ?= cpu
 ARGS ?=
 PEER ?=
+TE ?=
 RESULTS ?= runs/bench
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -14,6 +15,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
   $$p -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$p && break; done)
 LOCK := requirements/cpu.txt
 STAMP := $(VENV)/ready-$(shell cat $(LOCK) pyproject.toml setup.py | sha256sum | cut -c1-16)
+CONSTRAINTS := requirements/gpu-constraints.txt
+TE_STAMP := $(VENV)/te-$(shell cat $(LOCK) $(CONSTRAINTS) pyproject.toml | sha256sum | cut -c1-16)
 
 # A run on CPU sees no GPU; OMP_NUM_THREADS=1 keeps tests that fork ranks from sharing a thread pool.
 ifeq ($(DEVICE),cuda)
@@ -63,8 +66,16 @@ bench: $(STAMP)  ## side by side: step, generation, PPO; packing and TRL's PPO t
 kernels: $(STAMP)  ## the kernels alone: references, and Triton where it can run
 	@$(TEST) tools/run_tests.py --only kernels $(ARGS)
 
-gpu-check: $(STAMP)  ## what needs a GPU: the marked tests and the kernels on the device
-	@PYTHONUTF8=1 $(PY) tools/run_tests.py --gpu $(ARGS)
+gpu-check: $(STAMP) $(if $(TE),$(TE_STAMP))  ## what needs GPUs, one or several; TE=1 adds Transformer Engine and requires it
+	@PYTHONUTF8=1 $(if $(TE),MEGATRON_ZJ_REQUIRE_TE=1) $(PY) tools/run_tests.py --gpu $(ARGS)
+
+# It compiles against the torch that is there: without isolation, with nvcc, for torch's CUDA, under the lock's versions.
+$(TE_STAMP): $(STAMP) $(CONSTRAINTS)
+	@echo "adding Transformer Engine to $(VENV): it is compiled, which needs the CUDA toolkit and takes many minutes"
+	@cuda=$$($(PY) -c 'import sys, torch; print((torch.version.cuda or sys.exit("this torch is no CUDA build")).split(".")[0])') \
+	  && $(PY) -m pip install --disable-pip-version-check --no-build-isolation -c $(LOCK) -c $(CONSTRAINTS) \
+	    --editable '.[te]' "transformer-engine[core_cu$$cuda]"
+	@rm -f $(VENV)/te-* && touch $@
 
 lint: $(STAMP)  ## ruff and mypy
 	@$(TEST) tools/run_tests.py --only ruff,mypy $(ARGS)

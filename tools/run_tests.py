@@ -8,6 +8,7 @@ A stage that runs over its limit is stopped and counts as failed; the others sti
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shlex
 import signal
@@ -36,6 +37,7 @@ class Stage:
     command: tuple[str, ...]
     limit: int = 900
     needs: str = ""  # a file without which the stage is left out
+    gpus: int = 0  # with fewer it is left out
 
     @property
     def is_pytest(self) -> bool:
@@ -138,6 +140,7 @@ def gpu_stages() -> list[Stage]:
     """What ``make gpu-check`` runs."""
     return [
         Stage("gpu", "every test marked gpu", pytest_over("tests", "gpu and not multi_gpu"), 1800),
+        Stage("gpus", "every test marked multi_gpu, over NCCL", pytest_over("tests", "multi_gpu"), 1800, gpus=2),
         Stage("kernels", "each op on the device", (*KERNELS, "gpu"), 1800),
         Stage(
             "demo",
@@ -174,6 +177,21 @@ def run(stage: Stage) -> Outcome:
     elif code != 0 and outcome.failed == 0 and not nothing_there:
         outcome.failed, outcome.names = 1, [f"{stage.name}: {note or f'exit code {code}'}"]
     return outcome
+
+
+def why_not(stage: Stage) -> str:
+    """Why a stage is left out; empty: it runs."""
+    if stage.needs and not (ROOT / stage.needs).exists():
+        return f"there is no {stage.needs}"
+    if stage.gpus and (there := num_gpus()) < stage.gpus:
+        return f"it needs {stage.gpus} GPUs, torch sees {there}"
+    return ""
+
+
+def num_gpus() -> int:
+    """As torch counts them, in a process of its own."""
+    words = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    return int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
 
 
 def stop_group(process: subprocess.Popen[bytes]) -> None:
@@ -228,10 +246,11 @@ def main() -> int:
         for stage in stages:
             print(f"{stage.name:13} {stage.what}\n{'':13} {shlex.join(stage.command)}")
         return 0
-    start, done = time.monotonic(), []
+    start, done, left_out = time.monotonic(), [], list[str]()
     for stage in stages:
-        if stage.needs and not (ROOT / stage.needs).exists():
-            print(f"--- {stage.name}: left out, there is no {stage.needs}", flush=True)
+        if reason := why_not(stage):
+            print(f"\n--- {stage.name}: left out, {reason}", flush=True)
+            left_out.append(f"{stage.name:13} left out: {reason}")
             continue
         print(f"\n--- {stage.name}: {stage.what}", flush=True)
         done.append((stage, run(stage)))
@@ -239,6 +258,12 @@ def main() -> int:
     for stage, outcome in done:
         counts = f"{outcome.passed:>7} {outcome.failed:>7} {outcome.skipped:>8}"
         print(f"{stage.name:13} {outcome.seconds:>8.1f} {counts}  {outcome.note}")
+    for line in left_out:
+        print(line)
+    if args.gpu and importlib.util.find_spec("transformer_engine") is None:
+        print(
+            "Transformer Engine is not installed, its tests were skipped: make gpu-check TE=1 installs and requires it"
+        )
     for _, outcome in done:
         for name in outcome.names:
             print(f"FAILED {name}")
