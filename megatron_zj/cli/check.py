@@ -26,7 +26,7 @@ from megatron_zj.config.derived import (
     sampling_of,
 )
 from megatron_zj.config.run import RunConfig
-from megatron_zj.models.flops import memory_estimate, parameters
+from megatron_zj.models.flops import memory_estimate, parameters, resume_bytes
 from megatron_zj.parallel.grid import AXES, RankGrid
 
 _GIB = 2**30
@@ -166,6 +166,10 @@ def _memory(config: RunConfig, block: Block) -> list[str]:
         if len(block.roles) > 1 and any(kept.values()):
             what = "the largest phase; engine.offload_idle keeps idle models on the host"
         lines.append(f"  memory   together {largest / _GIB:.2f} GiB a rank: {what}")
+    sharded = [n for n in block.roles if is_trained(config, n) and engine_of(config, known[n]).distributed_optimizer]
+    if sharded:
+        host = max(resume_bytes(config.model, head_of(config, name), block.parallel) for name in sharded)
+        lines.append(f"  memory   of the host to resume: {host / _GIB:.2f} GiB for each rank of a node")
     return lines
 
 

@@ -47,6 +47,12 @@ def checkpoint_bytes(model: ModelConfig, head: HeadKind, precision: str, *, trai
     return parameters(model, head, padded=True) * (_BYTES[precision] + trainable * _optimizer_bytes(precision))
 
 
+def resume_bytes(model: ModelConfig, head: HeadKind, parallel: ParallelConfig) -> int:
+    """Host memory in which each rank puts a distributed optimizer's state together to go on from a checkpoint: fp32
+    masters and two moments of its tensor and pipeline shard, not sharded over data-parallel ranks."""
+    return 12 * max(_stage_parameters(model, head, parallel, stage) for stage in (0, parallel.pp - 1))
+
+
 def _optimizer_bytes(precision: str) -> int:
     """A parameter's two moments, and its fp32 master where the weight itself is none."""
     return 8 if precision == "fp32" else 12

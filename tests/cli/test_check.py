@@ -26,8 +26,13 @@ def test_it_prints_the_grid_and_the_arithmetic_of_a_large_run(capsys: pytest.Cap
     assert "64 rows over dp 16 = 4 a rank, 32,768 tokens" in shown
     assert "13.1B parameters" in shown
     assert "memory   model: 21.38 GiB = weights 6.10 + gradients 12.19 + optimizer 2.29 + activations" in shown
+    # 40 layers, and the vocabulary twice, over tp 4: fp32 masters and two moments, 12 bytes a parameter on every rank
+    host = 12 * (40 * (4 * 5120**2 + 3 * 5120 * 13824) + 2 * 39424 * 5120) / 4 / 2**30
+    assert f"memory   of the host to resume: {host:.2f} GiB for each rank of a node" in shown
     assert "to give    data.files: empty" in shown
     assert shown.endswith("ok\n")
+    plain = ("experiment=zhongjing/pretrain", "world_size=64", "engine.distributed_optimizer=false")
+    assert "to resume" not in zj_check(capsys, *plain)[1]
 
 
 def test_colocated_models_add_up_to_what_a_rank_must_hold(capsys: pytest.CaptureFixture[str]) -> None:
