@@ -1,8 +1,8 @@
 """The four real/* experiments in one file: python tools/collect_real.py FOLDER
 
 FOLDER holds the runs ``pretrain``, ``sft``, ``reward`` and ``ppo`` (pytest's ``--basetemp`` of
-tests/cli/test_real_data.py has them in ``real0``).  Writes benchmarks/real.json: per stage its steps, its tokens, and
-every number of NUMBERS at the first and the last step and as the mean of both halves of the run.
+tests/cli/test_real_data.py has them in ``real0``).  Writes benchmarks/real.json: per stage its steps, its rate, its
+files, and every number of NUMBERS at the first and the last step and as the mean of both halves of the run.
 """
 
 from __future__ import annotations

@@ -24,10 +24,7 @@ def main(argv: Sequence[str]) -> int:
         "--from", dest="source", type=Path, required=True, help="Hugging Face folder; or step, checkpoints, run folder"
     )
     parser.add_argument("--to", dest="target", type=Path, required=True, help="new folder")
-    parser.add_argument(
-        "--role",
-        help="which model of a checkpoint with several; default: the actor",
-    )
+    parser.add_argument("--role", help="which model of a checkpoint with several; default: the actor")
     parser.add_argument(
         "--max-shard-gib",
         type=_gib,
