@@ -40,6 +40,7 @@ from megatron_zj.roles.exchange import Exchange
 from megatron_zj.roles.placement import build_placements
 from megatron_zj.roles.role import Role
 from megatron_zj.roles.world import World
+from megatron_zj.runtime.memory import keep_freed_memory
 from megatron_zj.runtime.timers import Timers
 
 PEER = Path(__file__).resolve().parent.parent / "benchmarks" / "peers" / "trl_sft.py"
@@ -285,6 +286,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/packing.json"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as any session of zj on a CPU
     data = dialogues(options.dialogues)
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group(

@@ -23,10 +23,13 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_zj.runtime.activity import Activity, Heartbeat
+from megatron_zj.runtime.memory import keep_freed_memory
 
 _COLLECTIVE_FAILURE = re.compile(
     r"gloo|nccl|connection (closed|reset)|timed out waiting|process group|watchdog|broken pipe", re.IGNORECASE
 )
+
+_ALLOCATOR = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
 # Said by libraries about their own code, by every rank at every start; nothing that a user can mend.
 _LIBRARY_WARNINGS = (
@@ -73,6 +76,8 @@ def session(device: Literal["auto", "cpu", "cuda"], timeout_seconds: int) -> Ite
         warnings.filterwarnings("ignore", message=message)
     store, place = _rendezvous(timeout_seconds)
     process = _join(store, place, device, timeout_seconds)
+    if process.device.type == "cpu" and not any(name in os.environ for name in _ALLOCATOR):  # the user's word stands
+        keep_freed_memory()
     if place.rank == 0 and _would_not_rejoin(place):
         warnings.warn(
             "several nodes under torchrun: a node that dies and comes back hangs the others with torch 2.13, unless "

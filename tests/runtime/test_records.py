@@ -4,6 +4,8 @@ import gzip
 import json
 import logging
 import math
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -196,3 +198,46 @@ def test_peak_memory_counts_what_was_touched_and_has_been_freed() -> None:
     assert peak_memory_mib(_CPU) >= min(before, 10_000)
     held = torch.ones(int((before + 100) * 2**18))
     assert peak_memory_mib(_CPU) >= held.numel() * 4 / 2**20
+
+
+_FAULTS = """
+import ctypes, resource
+from megatron_zj.runtime.distributed import session
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.memset.argtypes, libc.free.argtypes = (
+    ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t), (ctypes.c_void_p,)
+)
+size = 24 * 2**20
+
+def step():
+    blocks = [libc.malloc(size) for _ in range(4)]
+    for block in blocks:
+        libc.memset(block, 1, size)
+    for block in reversed(blocks):
+        libc.free(block)
+
+def faults():
+    for _ in range(5):
+        step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+start = faults()
+with session("cpu", 60):
+    print(start, faults())
+"""
+
+
+@pytest.mark.skipif(os.confstr("CS_GNU_LIBC_VERSION") is None, reason="glibc's allocator")
+@pytest.mark.parametrize("words", [{}, {"MALLOC_MMAP_THRESHOLD_": "131072"}])
+def test_a_session_on_a_cpu_does_not_fetch_the_memory_of_its_tensors_anew(words: dict[str, str]) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC", "GLIBC", "LD_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", _FAULTS], env=environment | words, capture_output=True, text=True, check=True
+    )
+    outside, inside = map(int, done.stdout.split())
+    assert outside > 10_000
+    assert (inside < 1000) == (not words)  # what the user says of the allocator stands
