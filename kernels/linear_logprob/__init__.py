@@ -136,7 +136,7 @@ def linear_logprob_partials(
     backend = dispatch.backend_of(hidden_TD)
     settings = (vocab_start, valid, float(temperature), entropy)
     if dispatch.eager(hidden_TD, backend):
-        return Partials(*_Eager.apply(hidden_TD, weight_VD, targets_T, mask_T, settings))
+        return Partials(*_Eager.apply(hidden_TD, weight_VD, targets_T, mask_T, settings, torch.is_grad_enabled()))
     return Partials(*_partials(hidden_TD, weight_VD, targets_T, mask_T, *settings, backend))
 
 
@@ -189,7 +189,7 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, 
 
 
 class _Eager(torch.autograd.Function):
-    """The torch form; a micro-batch whose logits fit one chunk keeps their exponentials for its backward pass."""
+    """The torch form; where the logits are few, their exponentials wait for the backward pass."""
 
     @staticmethod
     def forward(
@@ -199,8 +199,9 @@ class _Eager(torch.autograd.Function):
         targets: Tensor,
         mask: Tensor | None,
         settings: tuple[int, int, float, bool],
+        recorded: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        kept: list[reference.Kept] | None = [] if any(ctx.needs_input_grad) else None
+        kept: list[reference.Kept] | None = [] if recorded and any(ctx.needs_input_grad) else None
         lse, target, spread = reference.forward(hidden, weight, targets, mask, *settings, kept)
         ctx.save_for_backward(hidden, weight, targets, mask, lse, spread, *(kept[0] if kept else ()))
         ctx.settings = settings
@@ -211,7 +212,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, dlse: Tensor, dtarget: Tensor, dspread: Tensor) -> tuple[Any, ...]:
         kept = ctx.saved_tensors[6:]
         given = (*ctx.saved_tensors[:6], *ctx.settings, reference.Kept(*kept) if kept else None)
-        return *reference.backward(dlse, dtarget, dspread, *given), None, None, None
+        return *reference.backward(dlse, dtarget, dspread, *given), None, None, None, None
 
 
 @torch.library.custom_op("zj::linear_logprob", mutates_args=())

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from kernels.guards import without_autocast
 
-CHUNK_LOGITS = 1 << 22  # logits held at once: 16 MiB in fp32
+CHUNK_LOGITS = 1 << 22  # logits computed at once: 16 MiB in fp32
+KEPT_LOGITS = 1 << 24  # logits whose exponentials may wait for the backward pass: 64 MiB in fp32
 
 
 class Kept(NamedTuple):
-    """What the forward pass of a single chunk leaves for its backward pass, of the N tokens that count."""
+    """What the forward pass leaves for the backward pass, of the N tokens that count."""
 
     shares_NV: Tensor  # exp(z - highest z)
     total_N: Tensor  # their sum
@@ -33,8 +34,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _logits(hidden_N: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    logits = hidden_N @ weight.t()
+def _logits(hidden_N: Tensor, weight: Tensor, temperature: float, out: Tensor | None = None) -> Tensor:
+    logits = torch.mm(hidden_N, weight.t(), out=out)
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
@@ -65,8 +66,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """lse, target logit and entropy of each token over this shard, [T] fp32 (fp64 for fp64 hidden states).
 
-    ``keep``: takes what spares ``backward`` a product and an exponential, where one chunk is all there is (so never
-    more than CHUNK_LOGITS numbers) and no entropy is asked for.
+    ``keep``: takes what spares ``backward`` a product and an exponential, where that is at most KEPT_LOGITS numbers
+    and no entropy is asked for.
     """
     wide = _wide(hidden_TD.dtype)
     lse, target, spread = hidden_TD.new_zeros((3, targets_T.shape[0]), dtype=wide).unbind(0)
@@ -75,8 +76,14 @@ def forward(
         lse[tokens_N] = -torch.inf
         return lse.clone(), target.clone(), spread.clone()
     weight = weight_VD[:valid_rows].to(wide)
+    kept = None
+    if keep is not None and not entropy and tokens_N.shape[0] * valid_rows <= KEPT_LOGITS:
+        kept = Kept(lse.new_empty((tokens_N.shape[0], valid_rows)), lse.new_empty(tokens_N.shape[0]))
+        keep.append(kept)
+    start = 0
     for tokens in _chunks(tokens_N, valid_rows):
-        logits = _logits(hidden_TD[tokens].to(wide), weight, temperature)
+        rows = slice(start, start := start + tokens.shape[0])
+        logits = _logits(hidden_TD[tokens].to(wide), weight, temperature, kept and kept.shares_NV[rows])
         local, here = _rows(targets_T[tokens], vocab_start, valid_rows)
         target[tokens] = logits.gather(1, local[:, None]).squeeze(1).where(here, 0.0)
         highest = logits.amax(-1, keepdim=True)
@@ -86,8 +93,8 @@ def forward(
         lse[tokens] = highest.squeeze(1) + total.log()
         if entropy:
             spread[tokens] = total.log() - shares.mul_(logits).sum(-1) / total
-        elif keep is not None and tokens.shape == tokens_N.shape:
-            keep.append(Kept(shares, total))
+        elif kept is not None:
+            kept.total_N[rows] = total
     return lse.clone(), target.clone(), spread.clone()
 
 
@@ -115,10 +122,12 @@ def backward(
     if valid_rows == 0:
         return dhidden, dweight.to(weight_VD.dtype)
     weight = weight_VD[:valid_rows].to(wide)
+    start = 0
     for tokens in _chunks(_active(targets_T, mask_T), valid_rows):
         hidden = hidden_TD[tokens].to(wide)
+        rows = slice(start, start := start + tokens.shape[0])
         if kept is not None:
-            dlogits = kept.shares_NV * (dlse_T[tokens] / kept.total_N)[:, None]
+            dlogits = kept.shares_NV[rows] * (dlse_T[tokens] / kept.total_N[rows])[:, None]
         else:
             logits = _logits(hidden, weight, temperature)
             probs = torch.exp(logits - lse_T[tokens, None])

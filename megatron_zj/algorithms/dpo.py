@@ -83,10 +83,11 @@ class DPO(Resumable):
         """The next groups with their tokens' weights in the loss, and the world's sums."""
         drawn = stream.next(num_groups, self.world.rank, self.world.size)
         ungrouped = {name: values for name, values in drawn.per_row.items() if name != GROUP}
-        batch = WorldBatch.gather(Batch(drawn.tokens, drawn.per_token, ungrouped))
-        ref_logprobs, logprobs = self.reference.infer("logprobs", batch), self.actor.infer("logprobs", batch)
-        gain = drawn.tokens.replace(as_rows(logprobs.wait()).values - as_rows(ref_logprobs.wait()).values)
         mask = mask_responses(drawn.tokens, drawn.per_row["prompt_length"])
+        batch = WorldBatch.gather(Batch(drawn.tokens, {**drawn.per_token, "response_mask": mask}, ungrouped))
+        answers = [role.infer("logprobs", batch, at="response_mask") for role in (self.actor, self.reference)]
+        logprobs, ref_logprobs = (as_rows(answer.wait()).values for answer in answers)
+        gain = drawn.tokens.replace(logprobs - ref_logprobs)
         rewards_R = (self.config.beta * response_sums(gain, mask)).requires_grad_()
         sums, first_rows = self._loss(rewards_R, drawn)
         (slope_R,) = torch.autograd.grad(sums[0], rewards_R)

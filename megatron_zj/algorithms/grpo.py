@@ -68,8 +68,9 @@ class GRPO(Resumable):
         with self.timers("generate"):
             prompts = next_prompts(self.prompts, config, self.world)
             samples = roles["actor"].generate(self.rollout.at_step(self.num_steps_done), prompts)
-        logprobs = roles["actor"].infer("logprobs", samples, temperature) if config.recompute_logprobs else None
-        ref_logprobs = roles["reference"].infer("logprobs", samples, temperature)
+        where = "response_mask"
+        logprobs = roles["actor"].infer("logprobs", samples, temperature, where) if config.recompute_logprobs else None
+        ref_logprobs = roles["reference"].infer("logprobs", samples, temperature, where)
         raw_scores = roles["reward"].infer("scores", samples)
 
         local, mask, metrics = samples.local, samples.local.per_token["response_mask"], {}

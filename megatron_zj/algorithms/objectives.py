@@ -99,6 +99,10 @@ class ValueObjective:
         """Response tokens, or rows."""
         return (batch.per_token["loss_count"] * batch.targets).sum()
 
+    def needs(self, batch: PackedBatch) -> Tensor:
+        """[T]: response tokens."""
+        return batch.per_token["loss_weight"]
+
     def __call__(self, outputs: dict[str, Tensor], batch: PackedBatch) -> LossTerms:
         weight_T = batch.per_token["loss_weight"] * batch.targets
         loss_T, clipped_T = value_loss(

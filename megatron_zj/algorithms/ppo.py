@@ -100,9 +100,10 @@ class PPO(Resumable):
         with self.timers("generate"):
             prompts = next_prompts(self.prompts, config, self.world)
             samples = models.actor.generate(self.rollout.at_step(self.num_steps_done), prompts)
-        logprobs = models.actor.infer("logprobs", samples, temperature) if config.recompute_logprobs else None
-        ref_logprobs = models.reference.infer("logprobs", samples, temperature)
-        values = models.critic.infer("values", samples)
+        where = "response_mask"
+        logprobs = models.actor.infer("logprobs", samples, temperature, where) if config.recompute_logprobs else None
+        ref_logprobs = models.reference.infer("logprobs", samples, temperature, where)
+        values = models.critic.infer("values", samples, at=where)
         raw_scores = models.reward.infer("scores", samples)
 
         local, mask = samples.local, samples.local.per_token["response_mask"]

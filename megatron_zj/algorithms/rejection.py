@@ -77,7 +77,7 @@ class BestOfN(Resumable):
             samples = actor.generate(self.rollout.at_step(self.num_steps_done), prompts)
         raw_scores, local, metrics = self.roles["reward"].infer("scores", samples), samples.local, {}
         if any(limit is not None for limit in vars(config.parity).values()):
-            logprobs = as_rows(actor.infer("logprobs", samples, self.rollout.temperature).wait())
+            logprobs = as_rows(actor.infer("logprobs", samples, self.rollout.temperature, "response_mask").wait())
             metrics = measure_parity(local, logprobs)
             require_parity(metrics, config.parity)
         raw = as_tensor(raw_scores.wait())

@@ -40,6 +40,7 @@ class PackedBatch:
     lengths: tuple[int, ...]  # [R] real tokens of each row
     per_token: dict[str, Tensor]  # [T] prediction-aligned
     per_row: dict[str, Tensor]  # [R, ...]
+    read: Tensor | None = None  # [N] int64, rising: the slots whose outputs are asked for; None: all
 
     @property
     def num_rows(self) -> int:

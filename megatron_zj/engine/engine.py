@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,9 +19,10 @@ from megatron_zj.data.batch import Batch, Rows
 from megatron_zj.data.packing import PackedBatch
 from megatron_zj.engine import optimizer_state
 from megatron_zj.engine.microbatches import MicroBatches, rows_from_packs, scores_from_packs, split, whole_over_cp
-from megatron_zj.engine.objective import Comparing, LossTerms, Metrics, Objective, Rowwise, Selective
+from megatron_zj.engine.objective import Comparing, LossTerms, Metrics, Objective, Rowwise
 from megatron_zj.engine.offload import HostCopy
 from megatron_zj.engine.optimizer import Optimizer
+from megatron_zj.engine.reads import Asked, asked_by, asked_for, narrowed
 from megatron_zj.engine.totals import MicroBatchSums, nonfinite, require_finite, total
 from megatron_zj.parallel.groups import ParallelGroups, placement_world
 from megatron_zj.runtime.seed import keyed_seed
@@ -70,19 +70,21 @@ class Engine:
 
     @torch.no_grad()
     def infer(
-        self, wants: tuple[Want, ...], batch: Batch, temperature: float = 1.0
+        self, wants: tuple[Want, ...], batch: Batch, temperature: float = 1.0, at: str | None = None
     ) -> dict[Want, Rows | Tensor] | None:
         """What the head gives, in the batch's row order, on the last stage's ranks; None on other stages.
 
         Per-token wants: token-aligned Rows, whole over tp and cp.  Scores: [R].  Values on the engine's device.
+        ``at``: a per-token field of the batch; where it is 0 nothing is computed that can be spared, and a
+        log-probability or an entropy is 0, a value anything.
         """
-        micro = self._split(batch)
+        micro = self._split(batch, asked_for(wants, at))
 
         def forward_step(packs: Iterator[PackedBatch], stage: Module) -> tuple[Any, Any]:
             outputs = stage(next(packs), wants, temperature)
             return outputs, lambda found, non_loss_data: found
 
-        with self._reading():
+        with _Reading(self):
             outputs = self._run(forward_step, micro, forward_only=True, collect=True)
         if not self.groups.is_last_stage:
             return None
@@ -97,13 +99,15 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, objective: Objective, batch: Batch) -> Metrics:
         """The objective without a step: "loss", its metrics (both by the global weight) and "weight"."""
-        micro = self._split(batch)
-        with self._reading():
+        micro = self._split(batch, asked_by(objective))
+        with _Reading(self):
             sums = self._run(self._loss_step(objective, micro), micro, forward_only=True)
         return total(sums, self.groups, self.device).averages()
 
-    def _split(self, batch: Batch) -> MicroBatches:
-        return split(batch.to(self.device), self.groups, self.config.micro_batch_tokens, fp8=self.model.fp8 != "none")
+    def _split(self, batch: Batch, asked: Asked | None) -> MicroBatches:
+        fp8 = self.model.fp8 != "none"
+        micro = split(batch.to(self.device), self.groups, self.config.micro_batch_tokens, fp8=fp8)
+        return narrowed(micro, asked) if self.groups.is_last_stage else micro
 
     # Training ---------------------------------------------------------------------------------------------------
 
@@ -118,7 +122,7 @@ class Engine:
         if self.optimizer is None:
             raise ValueError("this engine is frozen: it was built without an optimizer")
         self.reload()
-        micro = self._split(batch)
+        micro = self._split(batch, asked_by(objective))
         self._seed_dropout()
         for chunk in self._wrapped:
             chunk.zero_grad_buffer()
@@ -154,9 +158,6 @@ class Engine:
 
         def forward_step(packs: Iterator[PackedBatch], stage: Module) -> tuple[Any, Any]:
             packed = next(packs)
-            asked = packed
-            if isinstance(objective, Selective):  # the vocabulary's product for these slots alone
-                asked = replace(packed, targets=packed.targets & (objective.needs(packed) != 0))
 
             def loss_of(outputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, MicroBatchSums]:
                 seen = packed
@@ -168,7 +169,7 @@ class Engine:
                 loss = _connected(terms, outputs) * share
                 return loss, sums.weight.to(loss.device, torch.int64), sums
 
-            return stage(asked, objective.wants, objective.temperature), loss_of
+            return stage(packed, objective.wants, objective.temperature), loss_of
 
         return forward_step
 
@@ -298,9 +299,6 @@ class Engine:
         self._host.settle()
 
     # Helpers ----------------------------------------------------------------------------------------------------
-
-    def _reading(self) -> _Reading:
-        return _Reading(self)
 
     def _train_mode(self, training: bool) -> None:
         for chunk in self.chunks:

@@ -23,7 +23,7 @@ class LossTerms:
 
 @runtime_checkable
 class Selective(Protocol):
-    """An objective that reads per-token outputs at some slots only; the head then leaves the others at 0."""
+    """An objective that reads per-token outputs at some slots only; the others are then not computed (``reads``)."""
 
     def needs(self, batch: PackedBatch) -> Tensor:
         """[T]: not 0 at the slots whose outputs it reads, of those with a target."""

@@ -125,8 +125,8 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
 class LlamaAttention(SelfAttention):  # type: ignore[misc]
     """Self-attention whose rotary embedding goes by each token's position and never synchronises with the host."""
 
-    def forward(self, hidden_states: Tensor, pack: PackedLayout) -> Tensor:
-        """[T (/ tp), 1, D] -> the same, the residual not added."""
+    def forward(self, hidden_states: Tensor, pack: PackedLayout, read: Tensor | None = None) -> Tensor:
+        """[T (/ tp), 1, D] -> the same, or of the slots ``read`` alone [N, 1, D]; the residual not added."""
         fused, _ = self.linear_qkv(hidden_states)
         slots, groups, size = fused.shape[0], self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         share = self.num_attention_heads_per_partition // groups
@@ -138,7 +138,8 @@ class LlamaAttention(SelfAttention):  # type: ignore[misc]
             out = checkpoint(self._core(pack), False, query, key, value)
         else:
             out = self._core(pack)(query, key, value)
-        output: Tensor = self.linear_proj(out.reshape(slots, 1, -1))[0]
+        out = out.reshape(slots, 1, -1)
+        output: Tensor = self.linear_proj(out if read is None else out.index_select(0, read))[0]
         return output
 
     def _core(self, pack: PackedLayout) -> Any:
@@ -151,15 +152,27 @@ class LlamaAttention(SelfAttention):  # type: ignore[misc]
 
 
 class LlamaLayer(TransformerLayer):  # type: ignore[misc]
-    """Pre-norm residual layer without the branches a LLaMA never takes."""
+    """Pre-norm residual layer without the branches a LLaMA never takes.
+
+    The layer before the head computes its output projection and MLP for the slots that are read alone: no other slot
+    looks at them any more.
+    """
+
+    feeds_head = False
 
     def forward(self, hidden_states: Tensor, packed_seq_params: PackedLayout, **unused: Any) -> tuple[Tensor, None]:
-        """[T (/ tp), 1, D] -> the same; the second item is megatron-core's cross-attention context, always None."""
+        """[T (/ tp), 1, D] -> the same; the second item is megatron-core's cross-attention context, always None.
+
+        The layer that feeds the head leaves 0 in slots that ``packed_seq_params.read`` does not name.
+        """
+        slots, read = hidden_states.shape[0], packed_seq_params.read if self.feeds_head else None
         normed, norm = self._normed(self.input_layernorm, self.recompute_input_layernorm, hidden_states)
-        out = self.self_attention(normed, packed_seq_params)
+        out = self.self_attention(normed, packed_seq_params, read)
         if norm is not None:
             norm.discard_output_and_register_recompute(out)
         out = self._dropped(out)
+        if read is not None:
+            hidden_states = hidden_states.index_select(0, read)
 
         norm = None
         if isinstance(self.pre_mlp_layernorm, RmsNorm) and not self.recompute_pre_mlp_layernorm:
@@ -170,7 +183,10 @@ class LlamaLayer(TransformerLayer):  # type: ignore[misc]
         out = checkpoint(self._mlp, False, normed) if self.recompute_mlp and self.training else self._mlp(normed)
         if norm is not None:
             norm.discard_output_and_register_recompute(out)
-        return hidden_states + self._dropped(out), None
+        out = hidden_states + self._dropped(out)
+        if read is not None:
+            out = out.new_zeros((slots, *out.shape[1:])).index_copy(0, read, out)
+        return out, None
 
     def _mlp(self, x: Tensor) -> Tensor:
         out: Tensor = self.mlp(x)[0]

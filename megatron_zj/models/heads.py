@@ -75,15 +75,18 @@ class LmHead(ColumnParallelLinear):  # type: ignore[misc]
     ) -> dict[Want, Tensor]:
         """``logprobs`` and ``entropy`` of ``packed.labels``, [T] fp32, the same on every tp rank.
 
-        ``hidden``: [T (/ tp under SP), 1, D].  Slots without a target hold 0.
+        ``hidden``: [T (/ tp under SP), 1, D].  Slots without a target, or not read, hold 0.
         """
+        asked_T = packed.targets
+        if packed.read is not None:
+            asked_T = asked_T & torch.zeros_like(asked_T).index_fill_(0, packed.read, True)
         with self.config.kernel_backend():
             partials = linear_logprob_partials(
                 self._whole(hidden),
                 self._matrix(weight),
                 packed.labels,
                 temperature=temperature,
-                mask_T=packed.targets,
+                mask_T=asked_T,
                 vocab_start=self.vocab_start,
                 valid_rows=self.valid_rows,
                 entropy="entropy" in wants,
@@ -94,7 +97,7 @@ class LmHead(ColumnParallelLinear):  # type: ignore[misc]
             logprobs, entropy = combine_partials(partials)
         outputs: dict[Want, Tensor] = {"logprobs": logprobs, "entropy": entropy}
         # Over tp, exponents that are all 0 at a masked slot still count one share a rank.
-        return {want: outputs[want].where(packed.targets, 0.0) for want in wants}
+        return {want: outputs[want].where(asked_T, 0.0) for want in wants}
 
     def _matrix(self, tied: Tensor | None) -> Any:
         return self.weight if tied is None else tied

@@ -32,6 +32,7 @@ from megatron_zj.runtime.seed import keyed_seed
 if TYPE_CHECKING:
     from megatron_zj.data.packing import PackedBatch
 
+_WORTH_PICKING = 0.875  # of a pack's slots: beyond, copying them costs what the last layer would save
 _TRACKER = "model-parallel-rng"  # megatron-core's name for the stream of what differs between tp ranks
 
 
@@ -62,6 +63,7 @@ class LlamaStage(GPTModel):  # type: ignore[misc]
         self.register_buffer("rotary_sin", sin, persistent=False)
         if last:
             self.output_layer = self._build_head(config, groups)
+            self.decoder.layers[-1].feeds_head = True
 
     def _build_head(self, config: LlamaConfig, groups: ParallelGroups) -> Any:
         if self.head == "value":
@@ -79,14 +81,15 @@ class LlamaStage(GPTModel):  # type: ignore[misc]
 
         ``logprobs``, ``entropy`` (nats) and ``values``: [T] fp32 of this cp rank, whole over tp, prediction-aligned,
         0 in slots without a target (values: anything).  ``scores``: [R] fp32, whole over cp and tp.
-        ``temperature`` divides the logits.
+        ``temperature`` divides the logits.  With ``packed.read`` only those slots are sure to be computed: the others
+        hold 0 (values: anything).
 
         Raises ValueError for wants the head cannot give, a sequence longer than the model's positions, or a pack
         that sequence parallelism cannot cut.
         """
         check_wants(self.head, wants)
         self._check_pack(packed)
-        layout = packed_layout(packed, self.rotary_cos, self.rotary_sin, self.groups.cp_size)
+        layout = packed_layout(packed, self.rotary_cos, self.rotary_sin, self.groups.cp_size, self._narrow(packed))
         hidden = self._hidden(packed.tokens, layout)
         if not self.post_process:
             return hidden
@@ -108,6 +111,16 @@ class LlamaStage(GPTModel):  # type: ignore[misc]
 
     def _tied_weight(self) -> Tensor | None:
         return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+
+    def _narrow(self, packed: PackedBatch) -> Tensor | None:
+        """The slots that the last layer computes after its attention, where that saves more than picking them costs.
+
+        Sequence parallelism and FP8 cut and pad the slots of a pack, so there it computes all.  So it does for none:
+        every rank must run the layer's collectives and its backward pass.
+        """
+        if packed.read is None or not self.post_process or self.config.sequence_parallel or self.config.fp8:
+            return None
+        return packed.read if 0 < len(packed.read) <= _WORTH_PICKING * len(packed.tokens) else None
 
     def _check_pack(self, packed: PackedBatch) -> None:
         longest = max(packed.lengths, default=0)

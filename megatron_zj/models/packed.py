@@ -36,9 +36,12 @@ class PackedLayout(PackedSeqParams):  # type: ignore[misc]
     sin_PE: Tensor = field(kw_only=True)
     ends: tuple[int, ...] = ()  # cu_seqlens on the host
     context: ContextLayout | None = None  # with context parallelism
+    read: Tensor | None = None  # [N] int64, rising: slots that the last layer computes after its attention; None: all
 
 
-def packed_layout(packed: PackedBatch, cos_PE: Tensor, sin_PE: Tensor, cp: int) -> PackedLayout:
+def packed_layout(
+    packed: PackedBatch, cos_PE: Tensor, sin_PE: Tensor, cp: int, read: Tensor | None = None
+) -> PackedLayout:
     """The layout of one pack with the model's rotary tables."""
     return PackedLayout(
         qkv_format="thd",
@@ -51,6 +54,7 @@ def packed_layout(packed: PackedBatch, cos_PE: Tensor, sin_PE: Tensor, cp: int) 
         sin_PE=sin_PE,
         ends=packed.cu_seqlens_list,
         context=context_layout(packed.cu_seqlens_list, packed.slots, cp) if cp > 1 else None,
+        read=read,
     )
 
 

@@ -40,8 +40,13 @@ class Role:
             if engine.config.offload_idle:  # room for the models that are built, and loaded, after it
                 engine.offload()
 
-    def infer(self, want: Want, batch: WorldBatch, temperature: float = 1.0) -> Pending[Rows | Tensor]:
-        """What the head gives, laid out as ``batch``: token-aligned Rows, or a [rows] tensor of scores."""
+    def infer(
+        self, want: Want, batch: WorldBatch, temperature: float = 1.0, at: str | None = None
+    ) -> Pending[Rows | Tensor]:
+        """What the head gives, laid out as ``batch``: token-aligned Rows, or a [rows] tensor of scores.
+
+        ``at``: a per-token field; only where it is not 0 is the answer looked at (``Engine.infer``).
+        """
         shards = balance(batch.units(), batch.row_lengths, len(self.placement.shards))
         coming = self._to_shards(batch, shards)
         source: list[Sequence[int]] = [[] for _ in range(dist.get_world_size())]
@@ -51,7 +56,7 @@ class Role:
         home = self.exchange.move((kind,), batch.row_lengths, source, batch.home)
 
         def compute(engine: Engine, rows: Batch) -> None:
-            answer = engine.infer((want,), rows, temperature=temperature)
+            answer = engine.infer((want,), rows, temperature, at)
             if answer is not None:
                 home.send({want: answer[want]})
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_zj.config.model import HeadKind, ModelConfig, Want
 from megatron_zj.data.batch import Batch, Rows
 from megatron_zj.data.packing import PackedBatch, pack, plan_packs
-from megatron_zj.engine.objective import Comparing, Metrics, Objective
+from megatron_zj.engine.objective import Comparing, Metrics, Objective, Selective
 from megatron_zj.roles.exchange import Pending
 from megatron_zj.roles.world import WorldBatch, gather_in_order
 from megatron_zj.rollout.generate import Rollout
@@ -25,6 +25,7 @@ from tests.algorithms.plain_rollout import answer
 from tests.helpers.reference_llama import ReferenceLlama
 
 EXACT = torch.float64
+UNREAD = 7.0  # what stands where an output is not asked for: any algorithm that looks there is far off
 
 
 class Float64Role:
@@ -37,10 +38,14 @@ class Float64Role:
         self.optimizer, self.budget, self.num_updates = adamw(self.model), budget, 0
 
     @torch.no_grad()
-    def infer(self, want: Want, batch: WorldBatch, temperature: float = 1.0) -> Pending[Rows | Tensor]:
+    def infer(
+        self, want: Want, batch: WorldBatch, temperature: float = 1.0, at: str | None = None
+    ) -> Pending[Rows | Tensor]:
         rows = batch.local.tokens
         empty = torch.zeros(0, dtype=EXACT)
         found = self.model.outputs(rows.split(), want, temperature) if len(rows.lengths) else empty
+        if at is not None:
+            found = found.where(batch.local.per_token[at].values != 0, UNREAD)
         return Pending(lambda: found if want == "scores" else rows.replace(found))
 
     def generate(self, sample: Any, prompts: WorldBatch) -> WorldBatch:
@@ -74,7 +79,11 @@ class Float64Role:
         loss, sums = sum(p.sum() * 0.0 for p in self.model.parameters()), {"weight": 0.0, "loss": 0.0}
         for ids in plan_packs(lengths, [unit for unit in units if unit], self.budget):
             packed = pack(batch.local, ids)
-            terms = objective(self._outputs(packed, objective.wants, objective.temperature), packed)
+            outputs = self._outputs(packed, objective.wants, objective.temperature)
+            if isinstance(objective, Selective):
+                needed = packed.targets & (objective.needs(packed) != 0)
+                outputs = {want: given.where(needed, UNREAD) for want, given in outputs.items()}
+            terms = objective(outputs, packed)
             loss = loss + terms.loss
             for name, value in {"weight": objective.weight(packed), "loss": terms.loss, **terms.metrics}.items():
                 sums[name] = sums.get(name, 0.0) + float(value)

@@ -296,7 +296,7 @@ class Fixed:
     def __init__(self, logprobs: Rows) -> None:
         self.logprobs = logprobs
 
-    def infer(self, want: str, batch: object) -> Fixed:
+    def infer(self, want: str, batch: object, *, at: str) -> Fixed:
         return self
 
     def wait(self) -> Rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -50,6 +51,19 @@ def test_one_rank_whatever_the_micro_batches_and_recompute() -> None:
             with_engine(BASE, micro_batch_tokens=tokens, recompute=recompute)
             for tokens, recompute in ((1, "none"), (20, "full"), (32, "selective"), (4096, "none"))
         ]
+    )
+
+
+def _some(*cases: Case) -> list[Case]:
+    return [replace(case, reads_some=True) for case in cases]
+
+
+def test_an_objective_that_reads_some_slots_only() -> None:
+    selective = {"recompute": "selective", "recompute_modules": ("layernorm", "core_attn", "mlp")}
+    check(_some(BASE, with_engine(BASE, recompute="full", micro_batch_tokens=20), with_engine(BASE, **selective)))
+    check(_some(_layout(2, tp=2), _layout(2, tp=2, sp=True), _layout(2, pp=2), _layout(2, pp=2, vpp=2)))
+    check(
+        _some(_layout(2, cp=2), with_engine(_layout(2), **DIST), _layout(2, "value", tp=2), _layout(2, "value", cp=2))
     )
 
 
@@ -103,6 +117,7 @@ def _matrix() -> dict[int, list[Case]]:
                 for recompute, tokens in (("full", 24), ("selective", 48)):
                     cases[ranks].append(with_engine(plain, recompute=recompute, micro_batch_tokens=tokens))
                 cases[ranks] += [_layout(ranks, head, sp, tp=tp, pp=pp, vpp=vpp, cp=cp) for head in ("value", "score")]
+            cases[ranks] += _some(plain, _layout(ranks, "value", sp, tp=tp, pp=pp, vpp=vpp, cp=cp))
     return cases
 
 

@@ -9,7 +9,7 @@ import torch
 
 from megatron_zj.config.optim import EngineConfig
 from megatron_zj.config.parallel import ParallelConfig
-from megatron_zj.data.batch import GROUP, Batch
+from megatron_zj.data.batch import GROUP, Batch, Rows
 from tests.engine.training import (
     MODEL,
     Case,
@@ -100,3 +100,35 @@ def test_evaluation_is_the_loss_of_the_update_that_follows() -> None:
 def _evaluate_then_update() -> tuple[Any, Any]:
     engine = make_engine(Case())
     return engine.evaluate(Squares("lm"), global_batch(0)), engine.update(Squares("lm"), global_batch(0))
+
+
+def _at_some(case: Case) -> float:
+    groups = make_groups(case)
+    engine = make_engine(case, groups, optim=None)
+    batch = shard_of(global_batch(0), groups)
+    want: Any = {"lm": "logprobs", "value": "values"}[case.head]
+    whole, some = engine.infer((want,), batch), engine.infer((want,), batch, at="loss_mask")
+    if not groups.is_last_stage:
+        return 0.0
+    assert whole is not None
+    assert some is not None
+    asked = batch.per_token["loss_mask"].values.bool()
+    assert 0 < int(asked.sum()) < len(asked)
+    there, here = whole[want], some[want]
+    assert isinstance(there, Rows)
+    assert isinstance(here, Rows)
+    assert case.head == "value" or not here.values[~asked].any()
+    return float((there.values - here.values)[asked].abs().max())
+
+
+def test_answers_at_some_tokens_are_those_of_all() -> None:
+    for case in (_case("lm"), _case("value")):
+        assert run_ranks(1, _at_some, case)[0] <= 1e-6
+    for case in (_case("lm", tp=2), _case("lm", tp=2, sequence_parallel=True), _case("lm", pp=2), _case("value", cp=2)):
+        assert max(run_ranks(2, _at_some, case)) <= 1e-6
+    with pytest.raises(AssertionError, match=r"no per-token field 'loss_masc'.*goal, loss_mask"):
+        run_ranks(1, _at_nothing)
+
+
+def _at_nothing() -> None:
+    make_engine(Case(), optim=None).infer(("logprobs",), global_batch(0), at="loss_masc")

@@ -325,7 +325,7 @@ def _selected() -> dict[str, Any]:
     real = LmHead.forward
 
     def counted(self: LmHead, hidden: Tensor, packed: PackedBatch, *rest: Any) -> Any:
-        asked.append(int(packed.targets.sum()))
+        asked.append(int(packed.targets.sum()) if packed.read is None else len(packed.read))
         return real(self, hidden, packed, *rest)
 
     LmHead.forward = counted  # this process ends with the test

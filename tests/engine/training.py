@@ -56,6 +56,7 @@ class Case:
     ranks: int = 1
     model: ModelConfig = MODEL
     device: str = "cpu"  # cuda: the rank's own
+    reads_some: bool = False  # the objective says which slots it reads
 
     def name(self) -> str:
         shown = [f"{axis}{getattr(self.parallel, axis)}" for axis in ("tp", "pp", "vpp", "cp")]
@@ -66,7 +67,8 @@ class Case:
             if getattr(self.engine, name) != getattr(off, name)
         ]
         sequence = " sp" if self.parallel.sequence_parallel else ""
-        return f"{self.ranks} ranks {' '.join(shown)}{sequence} {self.head} {' '.join(flags)}"
+        some = " reads some" if self.reads_some else ""
+        return f"{self.ranks} ranks {' '.join(shown)}{sequence} {self.head} {' '.join(flags)}{some}"
 
 
 class Squares:
@@ -92,6 +94,13 @@ class Squares:
             return LossTerms(-(given * mask).sum(), {"output": (given.detach() * mask).sum()})
         errors = 0.5 * (given - batch.per_token["goal"]).square()
         return LossTerms((errors * mask).sum(), {"output": (given.detach() * mask).sum()})
+
+
+class SomeSquares(Squares):
+    """The same, and it says so: nothing but what its mask names needs to be computed."""
+
+    def needs(self, batch: PackedBatch) -> Tensor:
+        return batch.per_token["loss_mask"]
 
 
 def global_batch(step: int, model: ModelConfig = MODEL, head: HeadKind = "lm") -> Batch:
@@ -211,7 +220,7 @@ def train(case: Case) -> dict[str, Any]:
     groups = make_groups(case)
     engine = make_engine(case, groups)
     truth = reference(case.head, case.model)
-    objective = Squares(case.head)
+    objective = (SomeSquares if case.reads_some else Squares)(case.head)
     history, gradient = [], (0.0, "")
     for step in range(STEPS):
         history.append(engine.update(objective, shard_of(global_batch(step, case.model, case.head), groups)))

@@ -332,11 +332,13 @@ def test_log_prob_head_never_holds_more_logits_than_its_budget(monkeypatch: pyte
     assert largest == 64
 
 
+@pytest.mark.parametrize("chunk", [37 * 12, 37 * 5])
 @pytest.mark.parametrize("budget", [37 * 12, 37 * 12 - 1])
 def test_log_prob_head_keeps_its_exponentials_only_within_the_budget(
-    budget: int, monkeypatch: pytest.MonkeyPatch
+    budget: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logprob_reference, "CHUNK_LOGITS", budget)
+    monkeypatch.setattr(logprob_reference, "CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(logprob_reference, "KEPT_LOGITS", budget)
     hidden, weight = normal(13, 8).requires_grad_(), normal(40, 8, seed=1).requires_grad_()
     targets, mask = torch.arange(13) * 3, torch.arange(13) != 5  # 12 tokens count, 37 rows are real
     saved: list[int] = []
