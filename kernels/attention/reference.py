@@ -7,6 +7,7 @@ windows need masks, and those are of ``MASK_ROWS`` queries at a time.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,11 +101,12 @@ def _unit(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _stack(x_THD: Tensor, starts: list[int], length: int) -> Tensor:
+def _stack(x_THD: Tensor, starts: Sequence[int], length: int) -> Tensor:
     """[tiles, heads, length, D]: a view where the tiles are evenly spaced."""
-    step = starts[1] - starts[0] if len(starts) > 1 else length
-    even = step > 0 and all(b - a == step for a, b in itertools.pairwise(starts))
-    if even:
+    if len(starts) == 1:
+        return x_THD[starts[0] : starts[0] + length].transpose(0, 1)[None]
+    step = starts[1] - starts[0]
+    if step > 0 and all(b - a == step for a, b in itertools.pairwise(starts)):
         stride_T, stride_H, stride_D = x_THD.stride()
         view = x_THD.as_strided(
             (len(starts), length, x_THD.shape[1], x_THD.shape[2]),
@@ -116,28 +118,67 @@ def _stack(x_THD: Tensor, starts: list[int], length: int) -> Tensor:
     return view.transpose(1, 2)
 
 
+def _stack_rows(x_HT: Tensor, starts: Sequence[int], length: int) -> Tensor:
+    """[tiles, heads, length]."""
+    parts = [x_HT[:, start : start + length] for start in starts]
+    return parts[0][None] if len(parts) == 1 else torch.stack(parts)
+
+
 @dataclass(frozen=True)
 class Group:
     """Tiles of one form: one call."""
 
     like: Tile
-    starts_q: list[int]
-    starts_k: list[int]
-
-    def fills(self, num_q: int, num_k: int) -> bool:
-        """The tiles lie end to end and are the whole pack, so the call's results are the pack's, uncopied."""
-        like = self.like
-        whole_q = self.starts_q == list(range(0, num_q, like.num_q)) and num_q % like.num_q == 0
-        return whole_q and self.starts_k == list(range(0, num_k, like.num_k)) and num_k % like.num_k == 0
+    starts_q: tuple[int, ...]
+    starts_k: tuple[int, ...]
 
 
-def _groups(found: list[Tile]) -> list[Group]:
-    groups: dict[tuple[object, ...], list[Tile]] = {}
+@dataclass(frozen=True)
+class Plan:
+    """The calls that make up a pack.
+
+    ``order``: the tiles, as (group, member), in the pack's order, where they lie end to end and cover it, so that their
+    results can be joined.  None: a key has several tiles or a query none, and results are added into zeros.
+    """
+
+    groups: tuple[Group, ...]
+    order: tuple[tuple[int, int], ...] | None
+
+    @property
+    def even(self) -> bool:
+        """One call whose results are the pack's as they are."""
+        return self.order is not None and self.order == tuple((0, member) for member in range(len(self.order)))
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(
+    ends_q: tuple[int, ...],
+    ends_k: tuple[int, ...],
+    slots: tuple[int, ...] | None,
+    causal: bool,
+    window: int,
+    mask_rows: int,
+) -> Plan:
+    """Kept, because every layer asks for the same one, forward and backward."""
+    found = tiles(ends_q, ends_k, slots, causal, window)
+    members: dict[tuple[object, ...], list[Tile]] = {}
     for tile in found:
-        groups.setdefault(tile.form, []).append(tile)
-    return [
-        Group(members[0], [tile.q0 for tile in members], [tile.k0 for tile in members]) for members in groups.values()
+        members.setdefault(tile.form, []).append(tile)
+    groups = [
+        Group(same[0], tuple(tile.q0 for tile in same), tuple(tile.k0 for tile in same)) for same in members.values()
     ]
+    places = {
+        (start_q, start_k): (index, member)
+        for index, group in enumerate(groups)
+        for member, (start_q, start_k) in enumerate(zip(group.starts_q, group.starts_k, strict=True))
+    }
+    next_q = next_k = 0
+    for tile in found:
+        if (tile.q0, tile.k0) != (next_q, next_k):
+            return Plan(tuple(groups), None)
+        next_q, next_k = tile.q0 + tile.num_q, tile.k0 + tile.num_k
+    whole = bool(found) and (next_q, next_k) == (ends_q[-1], ends_k[-1])
+    return Plan(tuple(groups), tuple(places[tile.q0, tile.k0] for tile in found) if whole else None)
 
 
 def forward(
@@ -154,20 +195,28 @@ def forward(
     """Output [T, H, D] and log-sum-exp of the scaled scores [H, T] (fp32, fp64 for fp64 inputs)."""
     q_THD, k_SKD, v_SKD = (_unit(x) for x in (q_THD, k_SKD, v_SKD))
     num_q, num_heads, _ = q_THD.shape
-    groups = _groups(tiles(ends_q, ends_k, slots, causal, window))
-    if len(groups) == 1 and groups[0].fills(num_q, k_SKD.shape[0]):
-        part, part_lse = _forward_group(q_THD, k_SKD, v_SKD, groups[0], scale, window)
+    plan = _plan(tuple(ends_q), tuple(ends_k), None if slots is None else tuple(slots), causal, window, MASK_ROWS)
+    found = [_forward_group(q_THD, k_SKD, v_SKD, group, scale, window) for group in plan.groups]
+    if plan.even:
+        ((part, part_lse),) = found
         lse = part_lse.transpose(0, 1).reshape(num_heads, num_q)
         return part.transpose(1, 2).reshape(q_THD.shape), lse.contiguous()
+    if plan.order is not None:
+        lses = [found[group][1][member] for group, member in plan.order]
+        return _joined([part for part, _ in found], plan.order), torch.cat(lses, dim=1)
     out = torch.zeros(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     lse_dtype = torch.float64 if q_THD.dtype == torch.float64 else torch.float32
     lse = torch.full((num_heads, num_q), -torch.inf, dtype=lse_dtype, device=q_THD.device)
-    for group in groups:
-        part, part_lse = _forward_group(q_THD, k_SKD, v_SKD, group, scale, window)
+    for group, (part, part_lse) in zip(plan.groups, found, strict=True):
         for index, start in enumerate(group.starts_q):
             out[start : start + group.like.num_q] = part[index].transpose(0, 1)
             lse[:, start : start + group.like.num_q] = part_lse[index]
     return out, lse
+
+
+def _joined(parts: Sequence[Tensor], order: Sequence[tuple[int, int]]) -> Tensor:
+    """Results of groups, each [tiles, heads, length, D], as [T, heads, D]."""
+    return torch.cat([parts[group][member].transpose(0, 1) for group, member in order])
 
 
 def _forward_group(q: Tensor, k: Tensor, v: Tensor, group: Group, scale: float, window: int) -> tuple[Tensor, Tensor]:
@@ -203,18 +252,20 @@ def backward(
     """Gradients of q, k and v.  Keys that several tiles share are summed in fp32."""
     q_THD, k_SKD, v_SKD = (_unit(x) for x in (q_THD, k_SKD, v_SKD))
     given = _unit(dout_THD), q_THD, k_SKD, v_SKD, _unit(out_THD), lse_HT
-    groups = _groups(tiles(ends_q, ends_k, slots, causal, window))
-    if len(groups) == 1 and groups[0].fills(q_THD.shape[0], k_SKD.shape[0]):
-        parts = _backward_group(*given, groups[0], scale, window)
-        dq, dk, dv = (part.transpose(1, 2).flatten(0, 1) for part in parts)
+    plan = _plan(tuple(ends_q), tuple(ends_k), None if slots is None else tuple(slots), causal, window, MASK_ROWS)
+    found = [_backward_group(*given, group, scale, window) for group in plan.groups]
+    if plan.even:
+        dq, dk, dv = (part.transpose(1, 2).flatten(0, 1) for part in found[0])
+        return dq, dk, dv
+    if plan.order is not None:
+        dq, dk, dv = (_joined(parts, plan.order) for parts in zip(*found, strict=True))
         return dq, dk, dv
     wide = torch.float64 if q_THD.dtype == torch.float64 else torch.float32
     dq = torch.zeros(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     dk = torch.zeros(k_SKD.shape, dtype=wide, device=q_THD.device)
     dv = torch.zeros(v_SKD.shape, dtype=wide, device=q_THD.device)
-    for group in groups:
+    for group, parts in zip(plan.groups, found, strict=True):
         like = group.like
-        parts = _backward_group(*given, group, scale, window)
         for index, (start_q, start_k) in enumerate(zip(group.starts_q, group.starts_k, strict=True)):
             dq[start_q : start_q + like.num_q] = parts[0][index].transpose(0, 1)
             dk[start_k : start_k + like.num_k] += parts[1][index].transpose(0, 1)
@@ -242,7 +293,7 @@ def _backward_group(
         _stack(k, starts_k, like.num_k),
         _stack(v, starts_k, like.num_k),
         _stack(out, starts_q, like.num_q),
-        torch.stack([lse_HT[:, start : start + like.num_q] for start in starts_q]),
+        _stack_rows(lse_HT, starts_q, like.num_q),
         0.0,
         like.causal,
         attn_mask=_mask(like, window, q),
