@@ -150,7 +150,7 @@ class Plan:
         return self.order is not None and self.order == tuple((0, member) for member in range(len(self.order)))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)  # the packs of a step that are under way
 def _plan(
     ends_q: tuple[int, ...],
     ends_k: tuple[int, ...],
@@ -196,18 +196,19 @@ def forward(
     q_THD, k_SKD, v_SKD = (_unit(x) for x in (q_THD, k_SKD, v_SKD))
     num_q, num_heads, _ = q_THD.shape
     plan = _plan(tuple(ends_q), tuple(ends_k), None if slots is None else tuple(slots), causal, window, MASK_ROWS)
-    found = [_forward_group(q_THD, k_SKD, v_SKD, group, scale, window) for group in plan.groups]
+    calls = (_forward_group(q_THD, k_SKD, v_SKD, group, scale, window) for group in plan.groups)
     if plan.even:
-        ((part, part_lse),) = found
+        ((part, part_lse),) = calls
         lse = part_lse.transpose(0, 1).reshape(num_heads, num_q)
         return part.transpose(1, 2).reshape(q_THD.shape), lse.contiguous()
     if plan.order is not None:
+        found = list(calls)
         lses = [found[group][1][member] for group, member in plan.order]
         return _joined([part for part, _ in found], plan.order), torch.cat(lses, dim=1)
     out = torch.zeros(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     lse_dtype = torch.float64 if q_THD.dtype == torch.float64 else torch.float32
     lse = torch.full((num_heads, num_q), -torch.inf, dtype=lse_dtype, device=q_THD.device)
-    for group, (part, part_lse) in zip(plan.groups, found, strict=True):
+    for group, (part, part_lse) in zip(plan.groups, calls, strict=True):  # one at a time: many may share keys
         for index, start in enumerate(group.starts_q):
             out[start : start + group.like.num_q] = part[index].transpose(0, 1)
             lse[:, start : start + group.like.num_q] = part_lse[index]
@@ -253,18 +254,18 @@ def backward(
     q_THD, k_SKD, v_SKD = (_unit(x) for x in (q_THD, k_SKD, v_SKD))
     given = _unit(dout_THD), q_THD, k_SKD, v_SKD, _unit(out_THD), lse_HT
     plan = _plan(tuple(ends_q), tuple(ends_k), None if slots is None else tuple(slots), causal, window, MASK_ROWS)
-    found = [_backward_group(*given, group, scale, window) for group in plan.groups]
+    calls = (_backward_group(*given, group, scale, window) for group in plan.groups)
     if plan.even:
-        dq, dk, dv = (part.transpose(1, 2).flatten(0, 1) for part in found[0])
+        dq, dk, dv = (part.transpose(1, 2).flatten(0, 1) for part in next(calls))
         return dq, dk, dv
     if plan.order is not None:
-        dq, dk, dv = (_joined(parts, plan.order) for parts in zip(*found, strict=True))
+        dq, dk, dv = (_joined(parts, plan.order) for parts in zip(*calls, strict=True))
         return dq, dk, dv
     wide = torch.float64 if q_THD.dtype == torch.float64 else torch.float32
     dq = torch.zeros(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     dk = torch.zeros(k_SKD.shape, dtype=wide, device=q_THD.device)
     dv = torch.zeros(v_SKD.shape, dtype=wide, device=q_THD.device)
-    for group, parts in zip(plan.groups, found, strict=True):
+    for group, parts in zip(plan.groups, calls, strict=True):
         like = group.like
         for index, (start_q, start_k) in enumerate(zip(group.starts_q, group.starts_k, strict=True)):
             dq[start_q : start_q + like.num_q] = parts[0][index].transpose(0, 1)

@@ -1,4 +1,4 @@
-"""Token log-probabilities and entropies straight from hidden states: the logits never exist as a whole.
+"""Token log-probabilities and entropies straight from hidden states: no large number of logits ever exists.
 
 The vocabulary may be sharded over ranks.  Each rank computes three numbers a token over its own rows of the weight
 (``linear_logprob_partials``); ``combine_partials`` makes log-probabilities and entropies of them with two
@@ -83,7 +83,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of each token in nats, [T] fp32, 0 where masked: what SFT and pre-training minimise.
 
-    Memory: O(T + V D), never [T, V].  Arguments and errors as in ``linear_logprob``.
+    Memory: O(T + V D) and a bounded number of logits.  Arguments and errors as in ``linear_logprob``.
     """
     logprob, _ = linear_logprob(
         hidden_TD,

@@ -85,8 +85,8 @@ class DPO(Resumable):
         ungrouped = {name: values for name, values in drawn.per_row.items() if name != GROUP}
         mask = mask_responses(drawn.tokens, drawn.per_row["prompt_length"])
         batch = WorldBatch.gather(Batch(drawn.tokens, {**drawn.per_token, "response_mask": mask}, ungrouped))
-        answers = [role.infer("logprobs", batch, at="response_mask") for role in (self.actor, self.reference)]
-        logprobs, ref_logprobs = (as_rows(answer.wait()).values for answer in answers)
+        answers = [role.infer("logprobs", batch, at="response_mask") for role in (self.reference, self.actor)]
+        ref_logprobs, logprobs = (as_rows(answer.wait()).values for answer in answers)
         gain = drawn.tokens.replace(logprobs - ref_logprobs)
         rewards_R = (self.config.beta * response_sums(gain, mask)).requires_grad_()
         sums, first_rows = self._loss(rewards_R, drawn)

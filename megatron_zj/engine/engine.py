@@ -78,6 +78,8 @@ class Engine:
         ``at``: a per-token field of the batch; where it is 0 nothing is computed that can be spared, and a
         log-probability or an entropy is 0, a value anything.
         """
+        if at is not None and at not in batch.per_token:
+            raise ValueError(f"the rows have no per-token field {at!r}; theirs: {', '.join(sorted(batch.per_token))}")
         micro = self._split(batch, asked_for(wants, at))
 
         def forward_step(packs: Iterator[PackedBatch], stage: Module) -> tuple[Any, Any]:
@@ -121,8 +123,8 @@ class Engine:
         """
         if self.optimizer is None:
             raise ValueError("this engine is frozen: it was built without an optimizer")
-        self.reload()
         micro = self._split(batch, asked_by(objective))
+        self.reload()
         self._seed_dropout()
         for chunk in self._wrapped:
             chunk.zero_grad_buffer()

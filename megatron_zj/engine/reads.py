@@ -1,7 +1,7 @@
 """Which slots of a pack have outputs that are read: the last layer and the head compute nothing for the others.
 
-An SFT loss reads the assistant's words, a score one token a row.  Of a model of L layers the last one's output
-projection and MLP, some 3/4 of a layer, are spared for every slot that is not read, forward and backward.
+An SFT loss reads the assistant's words, a score one token a row.  The last layer's output projection and MLP, some 3/4
+of a layer, are spared for every slot that is not read, forward and backward.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Asked = Callable[[PackedBatch], Tensor]  # [T] bool
 def asked_by(objective: Objective) -> Asked | None:
     """The slots whose outputs an objective reads; None: all."""
     if isinstance(objective, Selective):
-        return lambda packed: packed.targets & (objective.needs(packed) != 0)
+        return _asked(objective.wants, objective.needs)
     return asked_for(objective.wants)
 
 
@@ -33,14 +33,20 @@ def asked_for(wants: Sequence[Want], at: str | None = None) -> Asked | None:
     Scores: each row's last token.  Else the predictions of the tokens where the per-token field ``at`` is not 0.
     """
     if tuple(wants) == ("scores",):
-        return lambda packed: torch.zeros_like(packed.targets).index_fill_(0, packed.last[packed.last >= 0], True)
-    return None if at is None else lambda packed: packed.targets & (_field(packed, at) != 0)
+        return _last
+    return None if at is None else _asked(wants, lambda packed: packed.per_token[at])
 
 
-def _field(packed: PackedBatch, name: str) -> Tensor:
-    if name not in packed.per_token:
-        raise ValueError(f"the rows have no per-token field {name!r}; theirs are {', '.join(sorted(packed.per_token))}")
-    return packed.per_token[name]
+def _asked(wants: Sequence[Want], needs: Callable[[PackedBatch], Tensor]) -> Asked:
+    def asked(packed: PackedBatch) -> Tensor:
+        found = packed.targets & (needs(packed) != 0)
+        return found | _last(packed) if "scores" in wants else found
+
+    return asked
+
+
+def _last(packed: PackedBatch) -> Tensor:
+    return torch.zeros_like(packed.targets).index_fill_(0, packed.last[packed.last >= 0], True)
 
 
 def narrowed(micro: MicroBatches, asked: Asked | None) -> MicroBatches:

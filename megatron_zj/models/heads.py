@@ -45,7 +45,7 @@ def check_wants(head: HeadKind, wants: Sequence[Want]) -> None:
 
 
 class LmHead(ColumnParallelLinear):  # type: ignore[misc]
-    """Log-probability and entropy over a vocabulary sharded over tp; [T, V] never exists as a whole.
+    """Log-probability and entropy over a vocabulary sharded over tp; of [T, V] a bounded part exists at a time.
 
     ``vocab_size``: real rows; the rest of the padded vocabulary has probability 0.
     """

@@ -115,12 +115,13 @@ class LlamaStage(GPTModel):  # type: ignore[misc]
     def _narrow(self, packed: PackedBatch) -> Tensor | None:
         """The slots that the last layer computes after its attention, where that saves more than picking them costs.
 
-        Sequence parallelism and FP8 cut and pad the slots of a pack, so there it computes all.  So it does for none:
-        every rank must run the layer's collectives and its backward pass.
+        Sequence parallelism and FP8 cut and pad the slots of a pack, so there it computes all.  Where none is read it
+        computes one: every rank must run the layer's collectives and its backward pass.
         """
         if packed.read is None or not self.post_process or self.config.sequence_parallel or self.config.fp8:
             return None
-        return packed.read if 0 < len(packed.read) <= _WORTH_PICKING * len(packed.tokens) else None
+        read = packed.read if len(packed.read) else packed.read.new_zeros(1)
+        return read if len(read) <= _WORTH_PICKING * len(packed.tokens) else None
 
     def _check_pack(self, packed: PackedBatch) -> None:
         longest = max(packed.lengths, default=0)

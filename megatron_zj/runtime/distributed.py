@@ -29,7 +29,7 @@ _COLLECTIVE_FAILURE = re.compile(
     r"gloo|nccl|connection (closed|reset)|timed out waiting|process group|watchdog|broken pipe", re.IGNORECASE
 )
 
-_ALLOCATOR = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+_ALLOCATOR = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_")  # beginnings of the names of variables
 
 # Said by libraries about their own code, by every rank at every start; nothing that a user can mend.
 _LIBRARY_WARNINGS = (
@@ -76,7 +76,9 @@ def session(device: Literal["auto", "cpu", "cuda"], timeout_seconds: int) -> Ite
         warnings.filterwarnings("ignore", message=message)
     store, place = _rendezvous(timeout_seconds)
     process = _join(store, place, device, timeout_seconds)
-    if process.device.type == "cpu" and not any(name in os.environ for name in _ALLOCATOR):  # the user's word stands
+    if process.device.type == "cpu" and not any(
+        name.startswith(_ALLOCATOR) for name in os.environ
+    ):  # the user's word stands
         keep_freed_memory()
     if place.rank == 0 and _would_not_rejoin(place):
         warnings.warn(

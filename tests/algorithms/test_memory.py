@@ -1,4 +1,4 @@
-"""Scoring and learning never hold [tokens, vocabulary] logits: no operation makes a tensor of that size."""
+"""Scoring and learning never hold many [tokens, vocabulary] logits: no operation makes a tensor of that size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels.linear_logprob.reference import CHUNK_LOGITS
+from kernels.linear_logprob.reference import CHUNK_LOGITS, KEPT_LOGITS
 from megatron_zj.algorithms.objectives import PolicyObjective
 from megatron_zj.config.optim import EngineConfig
 from megatron_zj.data.batch import Batch, Rows
@@ -41,8 +41,8 @@ class Largest(TorchDispatchMode):
         return found
 
 
-def _largest(layout: Layout) -> tuple[int, int]:
-    """While scoring, and while learning with an entropy bonus, in one micro-batch."""
+def _largest(layout: Layout) -> tuple[int, int, int]:
+    """While scoring, while learning with an entropy bonus, and without one, in one micro-batch."""
     engine_config = EngineConfig(micro_batch_tokens=TOKENS)
     grid = RankGrid.from_config(layout.parallel, 0, layout.world)
     groups = create_groups({"all": grid}, {"all": layout.parallel}, 60)["all"]
@@ -61,13 +61,15 @@ def _largest(layout: Layout) -> tuple[int, int]:
         engine.infer(("logprobs",), batch)
     with Largest() as learning:
         engine.update(PolicyObjective(1.0, 0.2, entropy_coef=0.01), batch)
-    return scoring.numbers, learning.numbers
+    with Largest() as without:
+        engine.update(PolicyObjective(1.0, 0.2), batch)
+    return scoring.numbers, learning.numbers, without.numbers
 
 
 @pytest.mark.parametrize("layout", ["one rank", "tp2 sp"])
 def test_no_tensor_is_as_large_as_the_logits(layout: str) -> None:
     logits = TOKENS * WIDE.vocab_size
-    assert logits > 4 * CHUNK_LOGITS  # so that a chunk of them is no excuse
-    for sizes in run_ranks(LAYOUTS[layout].world, _largest, LAYOUTS[layout]):
-        for numbers in sizes:
-            assert numbers <= CHUNK_LOGITS
+    assert logits > KEPT_LOGITS  # so that neither a chunk of them nor what is kept is an excuse
+    for scoring, learning, without in run_ranks(LAYOUTS[layout].world, _largest, LAYOUTS[layout]):
+        assert max(scoring, learning) <= CHUNK_LOGITS
+        assert without <= KEPT_LOGITS

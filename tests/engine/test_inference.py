@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_zj.config.optim import EngineConfig
 from megatron_zj.config.parallel import ParallelConfig
@@ -126,8 +127,23 @@ def test_answers_at_some_tokens_are_those_of_all() -> None:
         assert run_ranks(1, _at_some, case)[0] <= 1e-6
     for case in (_case("lm", tp=2), _case("lm", tp=2, sequence_parallel=True), _case("lm", pp=2), _case("value", cp=2)):
         assert max(run_ranks(2, _at_some, case)) <= 1e-6
-    with pytest.raises(AssertionError, match=r"no per-token field 'loss_masc'.*goal, loss_mask"):
+    with pytest.raises(AssertionError, match=r"no per-token field 'loss_masc'; theirs: goal, loss_mask"):
         run_ranks(1, _at_nothing)
+
+
+def _scores_beside_values() -> list[Tensor]:
+    engine = make_engine(_case("score"), optim=None)
+    asked = [
+        engine.infer(wants, global_batch(0), at=at)
+        for wants, at in ((("scores",), None), (("scores", "values"), "loss_mask"), (("values", "scores"), None))
+    ]
+    return [found["scores"] for found in asked if found is not None]
+
+
+def test_scores_are_read_at_the_last_tokens_whatever_else_is_asked_for() -> None:
+    alone, some, beside = run_ranks(1, _scores_beside_values)[0]
+    torch.testing.assert_close(some, alone, rtol=0, atol=1e-6)
+    torch.testing.assert_close(beside, alone, rtol=0, atol=1e-6)
 
 
 def _at_nothing() -> None:

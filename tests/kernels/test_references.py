@@ -128,6 +128,19 @@ def test_plain_causal_attention_builds_no_mask(monkeypatch: pytest.MonkeyPatch) 
     assert built == [None, None]  # one call for the three equal rows, one for the short one
 
 
+def test_queries_in_the_middle_of_their_sequence_give_the_keys_behind_them_no_gradient() -> None:
+    """As on a context-parallel rank: one tile that begins where the pack does and does not reach its last keys."""
+    q, k, v = (normal(16, 2, 8, seed=seed).requires_grad_() for seed in range(3))
+    slots, dout = torch.arange(4, 12), normal(8, 2, 8, seed=3)
+    found, _ = attention(q[4:12], k, v, ends((8,)), ends((16,)), q_slots=slots)
+    whole = attention(q, k, v, ends((16,)))[0][4:12]
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-13)
+    for have, truth in zip(
+        torch.autograd.grad(found, (q, k, v), dout), torch.autograd.grad(whole, (q, k, v), dout), strict=True
+    ):
+        torch.testing.assert_close(have, truth, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("window", [None, 3])
 def test_attention_gradients_are_the_derivative(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_reference, "MASK_ROWS", 4)
@@ -356,6 +369,18 @@ def test_log_prob_head_keeps_its_exponentials_only_within_the_budget(
     grads = [torch.autograd.grad(values, (hidden, weight), slope, retain_graph=True) for values in (logprob, want)]
     for have, expected in zip(*grads, strict=True):
         torch.testing.assert_close(have, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_log_prob_head_keeps_nothing_where_no_gradient_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[object] = []
+    original = logprob_reference.forward
+    monkeypatch.setattr(logprob_reference, "forward", lambda *args: kept.append(args[-1]) or original(*args))
+    hidden, weight = normal(5, 4), normal(16, 4, seed=1).requires_grad_()
+    with torch.no_grad():
+        linear_logprob(hidden, weight, torch.arange(5), entropy=False)
+    linear_logprob(hidden, weight, torch.arange(5), entropy=False)
+    assert kept[0] is None
+    assert kept[1]
 
 
 def test_reward_head_scores_the_last_tokens_and_leaves_absent_rows_at_zero() -> None:

@@ -87,10 +87,10 @@ def test_the_last_layer_alone_is_narrow(groups: ParallelGroups) -> None:
     assert narrow[~others].all()
 
 
-def test_slots_are_not_picked_where_nearly_all_or_none_are_read(groups: ParallelGroups) -> None:
+def test_all_slots_are_computed_where_nearly_all_are_read_and_one_where_none_is(groups: ParallelGroups) -> None:
     whole, stage = packed_rows(), build(groups, "lm")
     seen, slots = widths(stage), len(whole.tokens)
     for read in (every(whole, 1), every(whole, 1)[:0]):
         outputs = stage(replace(whole, read=read), ("logprobs",))["logprobs"]
         assert int(outputs.count_nonzero()) == len(read)
-    assert seen == [slots] * TINY.num_layers * 2
+    assert seen == [slots] * (TINY.num_layers * 2 - 1) + [1]

@@ -232,12 +232,12 @@ with session("cpu", 60):
 
 
 @pytest.mark.skipif(os.confstr("CS_GNU_LIBC_VERSION") is None, reason="glibc's allocator")
-@pytest.mark.parametrize("words", [{}, {"MALLOC_MMAP_THRESHOLD_": "131072"}])
+@pytest.mark.parametrize("words", [{}, {"MALLOC_ARENA_MAX": "2"}])
 def test_a_session_on_a_cpu_does_not_fetch_the_memory_of_its_tensors_anew(words: dict[str, str]) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC", "GLIBC", "LD_"))}
     done = subprocess.run(
         [sys.executable, "-c", _FAULTS], env=environment | words, capture_output=True, text=True, check=True
     )
     outside, inside = map(int, done.stdout.split())
-    assert outside > 10_000
-    assert (inside < 1000) == (not words)  # what the user says of the allocator stands
+    assert outside > 100  # 4 KiB or 2 MiB each
+    assert (inside < outside / 10) == (not words)  # what the user says of the allocator stands
