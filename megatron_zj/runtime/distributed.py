@@ -76,9 +76,8 @@ def session(device: Literal["auto", "cpu", "cuda"], timeout_seconds: int) -> Ite
         warnings.filterwarnings("ignore", message=message)
     store, place = _rendezvous(timeout_seconds)
     process = _join(store, place, device, timeout_seconds)
-    if process.device.type == "cpu" and not any(
-        name.startswith(_ALLOCATOR) for name in os.environ
-    ):  # the user's word stands
+    told = any(name.startswith(_ALLOCATOR) for name in os.environ)  # then the user's word stands
+    if process.device.type == "cpu" and not told:
         keep_freed_memory()
     if place.rank == 0 and _would_not_rejoin(place):
         warnings.warn(
