@@ -45,7 +45,6 @@ from megatron_zj.models.canonical import read_stage
 from megatron_zj.models.presets import preset
 from megatron_zj.roles.placement import build_placements
 from megatron_zj.rollout.generate import generate
-from megatron_zj.runtime.memory import keep_freed_memory
 
 ROWS, NEW_TOKENS = 32, 64
 Answers = list[list[int]]
@@ -189,7 +188,6 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=Path("benchmarks/generate.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    keep_freed_memory()  # as any session of zj on a CPU; Hugging Face, in the same process, has it too
     with tempfile.TemporaryDirectory() as folder:
         store = dist.FileStore(f"{folder}/store", 1)
         dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timedelta(seconds=600))

@@ -38,7 +38,6 @@ from megatron_zj.data.batch import Batch, Rows
 from megatron_zj.engine.build import build_engine
 from megatron_zj.parallel.grid import RankGrid
 from megatron_zj.parallel.groups import create_groups
-from megatron_zj.runtime.memory import keep_freed_memory
 
 VOCABULARY = 4096
 
@@ -164,7 +163,6 @@ def measure(steps: dict[str, Callable[[], None]], options: argparse.Namespace, d
 def run_rank(rank: int, ranks: int, folder: str, options: argparse.Namespace) -> None:
     """One process of a measurement; rank 0 leaves the result in ``folder``."""
     torch.set_num_threads(options.threads)
-    keep_freed_memory()  # as any session of zj on a CPU; the plain loop, in the same process, has it too
     device = torch.device(f"cuda:{rank}" if options.device == "cuda" else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
