@@ -11,7 +11,7 @@ from megatron_zj.config.parallel import ParallelConfig
 from megatron_zj.models.canonical import canonical_tensors
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-_CHUNK_LOGITS, _KEPT_LOGITS = 1 << 22, 1 << 24  # kernels.linear_logprob: computed at once; kept for the backward pass
+_CHUNK_LOGITS = 1 << 22  # logits that kernels.linear_logprob computes at once; its torch form may keep 64 MiB more
 
 
 def parameters(model: ModelConfig, head: HeadKind = "lm", *, padded: bool = False) -> int:
@@ -179,7 +179,6 @@ def _stage_activations(
         in_flight += (parallel.pp - 1) / parallel.vpp
     total = tokens * (kept * in_flight + working)
     if head == "lm" and stage == parallel.pp - 1:
-        logits = tokens * model.padded_vocab_size / parallel.tp
-        total += 4 * (2 * _CHUNK_LOGITS + min(_KEPT_LOGITS, logits))  # logits, their gradient, exponentials kept; fp32
+        total += 3 * 4 * _CHUNK_LOGITS  # logits, probabilities and their gradient, fp32
         total += 4 * model.padded_vocab_size * model.hidden_size / parallel.tp  # the weight's gradient, fp32
     return int(total)
