@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_zj.config.model import ModelConfig, RopeScalingConfig
@@ -26,7 +23,7 @@ from megatron_zj.models.transformer_config import check_layout, transformer_conf
 from megatron_zj.parallel.groups import ParallelGroups
 from tests.helpers.hf_llama import hf_llama
 from tests.helpers.reference_llama import ReferenceLlama
-from tests.models.layouts import TINY, make_groups, make_rows
+from tests.models.layouts import TINY, make_rows
 
 LLAMA3 = RopeScalingConfig(kind="llama3", factor=8.0, original_max_position_embeddings=16)
 SHAPES = {
@@ -36,14 +33,6 @@ SHAPES = {
     "linear": replace(TINY, rope_scaling=RopeScalingConfig(kind="linear", factor=4.0)),
     "llama3": replace(TINY, rope_theta=5e5, rope_scaling=LLAMA3),
 }
-
-
-@pytest.fixture(scope="module")
-def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ParallelGroups]:
-    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timedelta(seconds=60))
-    yield make_groups(ParallelConfig(), 1)
-    dist.destroy_process_group()
 
 
 def build(groups: ParallelGroups, model: ModelConfig, head: Any = "lm", **engine: Any) -> LlamaStage:

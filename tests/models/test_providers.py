@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_zj.config.optim import EngineConfig
-from megatron_zj.config.parallel import ParallelConfig
 from megatron_zj.data.batch import Batch, Rows
 from megatron_zj.data.packing import pack, unpack
 from megatron_zj.models import providers
@@ -22,21 +18,13 @@ from megatron_zj.models.canonical import read_stage, write_stage
 from megatron_zj.models.llama import build_stages
 from megatron_zj.parallel.groups import ParallelGroups
 from tests.helpers.reference_llama import ReferenceLlama
-from tests.models.layouts import TINY, make_groups, make_rows
+from tests.models.layouts import TINY, make_rows
 
 from megatron.core.extensions import transformer_engine as te_extension  # isort: skip
 from megatron.core.extensions import transformer_engine_spec_provider as te_provider  # isort: skip
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear  # isort: skip
 
 WITH_TE = replace(TINY, kernels="te")
-
-
-@pytest.fixture(scope="module")
-def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ParallelGroups]:
-    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timedelta(seconds=60))
-    yield make_groups(ParallelConfig(), 1)
-    dist.destroy_process_group()
 
 
 class NormColumn(ColumnParallelLinear):

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_zj.config.optim import EngineConfig
-from megatron_zj.config.parallel import ParallelConfig
 from megatron_zj.data.batch import Batch, Rows
 from megatron_zj.data.packing import PackedBatch, pack
 from megatron_zj.models.canonical import write_stage
 from megatron_zj.models.llama import LlamaStage, build_stages
 from megatron_zj.parallel.groups import ParallelGroups
 from tests.helpers.reference_llama import ReferenceLlama
-from tests.models.layouts import TINY, make_groups, make_rows
-
-
-@pytest.fixture(scope="module")
-def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ParallelGroups]:
-    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timedelta(seconds=60))
-    yield make_groups(ParallelConfig(), 1)
-    dist.destroy_process_group()
+from tests.models.layouts import TINY, make_rows
 
 
 def build(groups: ParallelGroups, head: Any, **engine: Any) -> LlamaStage:
