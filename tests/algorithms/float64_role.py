@@ -42,6 +42,7 @@ class Float64Role:
         self, want: Want, batch: WorldBatch, temperature: float = 1.0, at: str | None = None
     ) -> Pending[Rows | Tensor]:
         rows = batch.local.tokens
+        assert want == "scores" or at is not None, f"{want} is computed for every token, though few are read"
         empty = torch.zeros(0, dtype=EXACT)
         found = self.model.outputs(rows.split(), want, temperature) if len(rows.lengths) else empty
         if at is not None:

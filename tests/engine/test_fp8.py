@@ -20,7 +20,7 @@ from megatron_zj.config.model import ModelConfig
 from megatron_zj.config.optim import EngineConfig
 from megatron_zj.config.parallel import ParallelConfig
 from megatron_zj.models import providers, transformer_config
-from tests.engine.training import MODEL, Case, Squares, global_batch, make_engine, make_groups, shard_of
+from tests.engine.training import MODEL, Case, SomeSquares, global_batch, make_engine, make_groups, shard_of
 from tests.helpers.ranks import run_ranks
 from tests.models.test_providers import Attention, Norm, NormColumn, Row
 
@@ -85,10 +85,10 @@ def _train(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
         case = Case(parallel, EngineConfig(micro_batch_tokens=40, precision="bf16"), model=model)
         groups = make_groups(case)
         engine = make_engine(case, groups)
-        objective, batches = Squares("lm"), [shard_of(global_batch(step), groups) for step in range(3)]
+        objective, batches = SomeSquares("lm"), [shard_of(global_batch(step), groups) for step in range(3)]
         found: dict[str, Any] = {"losses": [engine.update(objective, batch)["loss"] for batch in batches]}
         found["evaluated"] = engine.evaluate(objective, batches[0])["loss"]
-        outputs = engine.infer(("logprobs",), batches[0])
+        outputs = engine.infer(("logprobs",), batches[0], at="loss_mask")
         found["finite"] = outputs is None or bool(torch.isfinite(outputs["logprobs"].values).all())
         found["config"] = [(chunk.config.fp8, chunk.config.fp8_recipe) for chunk in engine.chunks]
     return {**found, "asked": autocast.asked, "products": len(autocast.shapes)}

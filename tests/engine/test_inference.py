@@ -131,6 +131,20 @@ def test_answers_at_some_tokens_are_those_of_all() -> None:
         run_ranks(1, _at_nothing)
 
 
+def _slots_of_scores() -> tuple[int, int]:
+    """Of the last layer's MLP, for scores alone; and the rows."""
+    engine, seen = make_engine(_case("score"), optim=None), []
+    mlp = engine.chunks[-1].decoder.layers[-1].mlp
+    mlp.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[0]))
+    engine.infer(("scores",), global_batch(0))
+    return sum(seen), global_batch(0).num_rows
+
+
+def test_scores_cost_the_last_layer_one_slot_a_row() -> None:
+    slots, rows = run_ranks(1, _slots_of_scores)[0]
+    assert slots == rows
+
+
 def _scores_beside_values() -> list[Tensor]:
     engine = make_engine(_case("score"), optim=None)
     asked = [

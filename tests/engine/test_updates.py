@@ -18,8 +18,8 @@ from megatron_zj.data.packing import PackedBatch
 from megatron_zj.engine.build import _set_schedule
 from megatron_zj.engine.objective import LossTerms
 from megatron_zj.engine.totals import NonFiniteError
+from megatron_zj.models import heads
 from megatron_zj.models.canonical import read_stage
-from megatron_zj.models.heads import LmHead
 from tests.engine.training import (
     MODEL,
     OPTIM,
@@ -322,13 +322,13 @@ def _selected() -> dict[str, Any]:
     batch = batch.with_fields({"loss_mask": batch.tokens.replace(mask)})
     engines = [make_engine(Case(engine=LOW), groups) for _ in range(2)]
     asked: list[int] = []
-    real = LmHead.forward
+    real = heads.linear_logprob_partials
 
-    def counted(self: LmHead, hidden: Tensor, packed: PackedBatch, *rest: Any) -> Any:
-        asked.append(int(packed.targets.sum()) if packed.read is None else len(packed.read))
-        return real(self, hidden, packed, *rest)
+    def counted(*given: Any, mask_T: Tensor, **more: Any) -> Any:
+        asked.append(int(mask_T.sum()))
+        return real(*given, mask_T=mask_T, **more)
 
-    LmHead.forward = counted  # this process ends with the test
+    heads.linear_logprob_partials = counted  # this process ends with the test
     metrics = [
         engine.update(objective, batch)
         for engine, objective in zip(engines, (NextToken(), Everywhere(NextToken())), strict=True)

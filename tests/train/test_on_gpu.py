@@ -83,6 +83,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+@pytest.mark.skipif(device() == "cpu", reason="on a CPU the port is at work")
 def test_the_cpu_port_is_inert() -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", _PORT], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]

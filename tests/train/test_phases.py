@@ -55,6 +55,6 @@ def test_no_collective_is_outside_a_named_phase(tmp_path: Path) -> None:
 def test_no_collective_of_the_other_stages_is_either(tmp_path: Path, stage: str) -> None:
     stages.make_data(tmp_path)
     for earlier in ("pretrain", "sft", "reward"):
-        run_ranks(2, stages.run_stage, stages.overrides_of(earlier, tmp_path, earlier, run__num_steps=1))
+        run_ranks(2, stages.run_stage, stages.overrides_of(earlier, tmp_path, earlier, run__num_steps=2))
     for found in run_ranks(2, _phases, stages.overrides_of(stage, tmp_path, f"{stage}_counted", run__num_steps=2)):
         assert "no phase" not in found
