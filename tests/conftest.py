@@ -7,8 +7,15 @@ from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 _RESUME_FILES = ("test_resume", "test_kill")
+
+# How long an example takes says how busy the machine is, and nothing about the claim; a folder that examples share is
+# written anew by each.
+_FINE = (HealthCheck.too_slow, HealthCheck.function_scoped_fixture)
+settings.register_profile("a busy machine", deadline=None, suppress_health_check=_FINE)
+settings.load_profile("a busy machine")
 
 
 def pytest_configure() -> None:

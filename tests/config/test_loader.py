@@ -191,7 +191,7 @@ RUNS = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(RUNS)
 def test_a_configuration_survives_dict_json_and_yaml_unchanged(config: RunConfig) -> None:
     plain = to_dict(config)
@@ -200,7 +200,7 @@ def test_a_configuration_survives_dict_json_and_yaml_unchanged(config: RunConfig
     assert load(RunConfig, yaml.safe_load(frozen_text(config))) == config
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(RUNS, st.data())
 def test_an_unknown_key_anywhere_is_found_by_its_path(config: RunConfig, data: st.DataObject) -> None:
     plain = to_dict(config)

@@ -7,7 +7,7 @@ import inspect
 from typing import Any, get_type_hints
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_zj.config import checkpoint, data, inference, model, optim, parallel, run
@@ -80,7 +80,6 @@ def test_exactly_the_values_outside_their_intervals_are_named(
     assert list(dict.fromkeys(named)) == expected
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_whatever_numbers_a_run_is_given_it_is_refused_or_checked_and_never_fails(draw: st.DataObject) -> None:
     plain = to_dict(load(RunConfig, {"algorithm": {"kind": "ppo"}, "data": {"kind": "prompts"}}))

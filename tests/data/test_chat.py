@@ -50,7 +50,7 @@ def test_chimed_gpt_token_stream_is_the_reference_one(tokenizer: SentencePieceTo
     assert [(span.target, list(span.ids)) for span in spans] == expected
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(pairs=exchanges, name=st.sampled_from(sorted(TEMPLATES)), system=st.none() | content)
 def test_loss_stands_on_every_answer_and_its_eos_and_on_nothing_else(
     tokenizer: SentencePieceTokenizer, pairs: list[tuple[str, str]], name: str, system: str | None
@@ -63,7 +63,7 @@ def test_loss_stands_on_every_answer_and_its_eos_and_on_nothing_else(
     assert all(tokenizer.eos_id not in span.ids for span in spans if not span.target)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(pairs=exchanges, question=content, answer=content, name=st.sampled_from(sorted(TEMPLATES)))
 def test_prompt_for_generation_is_the_training_row_up_to_the_answer(
     tokenizer: SentencePieceTokenizer, pairs: list[tuple[str, str]], question: str, answer: str, name: str

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -52,7 +52,7 @@ def rows(batch: Batch) -> list[list[int]]:
 lengths = st.lists(st.integers(1, 12), min_size=1, max_size=12).filter(lambda sizes: sum(sizes) > 1)
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80)
 @given(sizes=lengths, length=st.integers(2, 9), data=st.data())
 def test_an_epoch_predicts_every_token_of_a_document_but_its_first_exactly_once(
     tmp_path: Path, tokenizer: SentencePieceTokenizer, sizes: list[int], length: int, data: st.DataObject
@@ -72,7 +72,7 @@ def test_an_epoch_predicts_every_token_of_a_document_but_its_first_exactly_once(
     assert batch.per_token["loss_mask"].values.unique().tolist() in ([1], [])
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(sizes=lengths, length=st.integers(2, 9))
 def test_without_document_boundaries_a_sample_is_one_row_of_the_running_text(
     tmp_path: Path, tokenizer: SentencePieceTokenizer, sizes: list[int], length: int
@@ -93,7 +93,7 @@ def test_samples_cross_shards_and_keep_document_boundaries(tmp_path: Path, token
     assert sorted(rows(source.next(source.num_units, 0, 1))) == [[10, 11, 12], [13, 14], [15, 16, 17], [17, 18]]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(steps=st.lists(st.tuples(st.integers(0, 15), st.integers(1, 4)), min_size=1, max_size=4), weighted=st.booleans())
 def test_resumed_under_any_world_size_meets_the_same_samples(
     tmp_path: Path, tokenizer: SentencePieceTokenizer, steps: list[tuple[int, int]], weighted: bool

@@ -11,7 +11,7 @@ from megatron_zj.data.order import EpochOrder, KeyedPermutation
 from megatron_zj.runtime.seed import keyed_seed
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(size=st.integers(1, 700), seed=st.integers(0, 2**62), key=st.integers(0, 9))
 def test_keyed_permutation_is_a_permutation(size: int, seed: int, key: int) -> None:
     order = KeyedPermutation(size, seed, "order", key).many(np.arange(size, dtype=np.uint64))
@@ -72,7 +72,7 @@ def test_index_outside_is_refused() -> None:
         KeyedPermutation(0, 0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     size=st.integers(1, 40),
     steps=st.lists(st.integers(0, 60), max_size=6),

@@ -22,7 +22,7 @@ def batch_of(sizes: list[int]) -> Batch:
     return Batch(Rows.of(rows, torch.int64), {"field": field}, {"row": torch.arange(len(sizes))})
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sizes=lengths, cp=st.sampled_from([1, 2, 4]), more=st.integers(0, 2), data=st.data())
 def test_pack_is_prediction_aligned_on_every_context_parallel_rank(
     sizes: list[int], cp: int, more: int, data: st.DataObject
@@ -71,7 +71,7 @@ def test_pack_is_prediction_aligned_on_every_context_parallel_rank(
     assert packs[0].per_row["row"].tolist() == row_ids
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sizes=lengths, cp=st.sampled_from([1, 2]), more=st.integers(0, 3))
 def test_unpack_undoes_the_shift(sizes: list[int], cp: int, more: int) -> None:
     batch = batch_of(sizes)
@@ -87,7 +87,7 @@ def test_unpack_undoes_the_shift(sizes: list[int], cp: int, more: int) -> None:
         assert got[1:].tolist() == given_row[1:].tolist()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sizes=st.lists(st.integers(1, 30), max_size=12), budget=st.integers(1, 40), data=st.data())
 def test_plan_keeps_order_units_and_the_budget(sizes: list[int], budget: int, data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(sizes) - 1)))) | {0, len(sizes)})
@@ -119,7 +119,7 @@ def test_rows_that_do_not_fit_are_refused() -> None:
         pack(batch_of([3, 4]), [0, 1], length=6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes=st.lists(st.integers(0, 5), max_size=6), data=st.data())
 def test_select_concat_and_split_agree_with_lists(sizes: list[int], data: st.DataObject) -> None:
     batch = batch_of(sizes)

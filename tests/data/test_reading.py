@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_zj.data.errors import DataError
@@ -180,7 +180,7 @@ plain = st.recursive(
 )
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80)
 @given(records=st.lists(plain, max_size=4), indent=st.none() | st.integers(0, 3))
 def test_any_json_array_is_read_as_json_reads_it(tmp_path: Path, records: list, indent: int | None) -> None:
     path = tmp_path / "any.json"
@@ -188,7 +188,7 @@ def test_any_json_array_is_read_as_json_reads_it(tmp_path: Path, records: list, 
     assert values(path) == records
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80)
 @given(
     data=st.binary(min_size=1, max_size=60), name=st.sampled_from(["x.json", "x.jsonl", "x.csv", "x.tsv", "x.jsonl.gz"])
 )

@@ -36,7 +36,7 @@ def test_document_is_bos_text_eos_whatever_its_length(tokenizer: SentencePieceTo
     assert counts.tokens == len(ids(units[0].rows[0]))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(pairs=pairs_of_turns, max_length=st.integers(2, 120))
 def test_truncated_dialogue_is_a_prefix_that_ends_in_an_answer(
     tokenizer: SentencePieceTokenizer, pairs: list[tuple[str, str]], max_length: int
@@ -53,7 +53,7 @@ def test_truncated_dialogue_is_a_prefix_that_ends_in_an_answer(
     assert (counts.shortened == 0) == (ids(row) == ids(tuple(whole)))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(pairs=pairs_of_turns, max_length=st.integers(40, 120), system=st.booleans())
 def test_split_dialogue_keeps_every_exchange_once_in_rows_that_fit(
     tokenizer: SentencePieceTokenizer, pairs: list[tuple[str, str]], max_length: int, system: bool
@@ -73,7 +73,7 @@ def test_split_dialogue_keeps_every_exchange_once_in_rows_that_fit(
 
 
 @pytest.mark.parametrize("overlong", ["truncate", "split"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(pairs=pairs_of_turns, question=st.text("头痛发热，？", min_size=30, max_size=60), max_length=st.integers(20, 30))
 def test_a_question_that_fills_its_row_is_cut_so_that_its_answer_is_still_learnt(
     tokenizer: SentencePieceTokenizer, overlong: str, pairs: list[tuple[str, str]], question: str, max_length: int
@@ -125,7 +125,7 @@ def test_ranking_rows_share_the_prompt_and_end_in_eos(tokenizer: SentencePieceTo
         assert ids(row)[-1] == tokenizer.eos_id
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     pairs=pairs_of_turns,
     question=content,
@@ -148,7 +148,7 @@ def test_truncated_ranking_fits_and_still_shares_its_prompt(
     assert (unit == whole[0]) == (counts.shortened == 0)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(pairs=pairs_of_turns, question=content, room=st.integers(14, 60))
 def test_truncated_prompt_drops_the_oldest_exchanges_and_keeps_its_frame(
     tokenizer: SentencePieceTokenizer, pairs: list[tuple[str, str]], question: str, room: int

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_zj.config.data import ChatConfig, PreferenceConfig, PromptsConfig
@@ -60,14 +60,14 @@ def rows(batch: Batch) -> list[tuple]:
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(num_units=st.integers(0, 50), world_size=st.integers(1, 9))
 def test_share_is_tensor_split(num_units: int, world_size: int) -> None:
     expected = [part.tolist() for part in torch.tensor_split(torch.arange(num_units), world_size)]
     assert [list(range(*share(num_units, rank, world_size))) for rank in range(world_size)] == expected
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(
     kind=st.sampled_from(["chat", "preference", "prompts"]),
     steps=st.lists(st.tuples(st.integers(0, 2 * NUM), st.integers(1, 5)), min_size=1, max_size=5),

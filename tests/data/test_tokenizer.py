@@ -40,7 +40,7 @@ def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0▁"), max_size=30)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(value=text)
 def test_text_survives_encode_and_decode(tokenizer: SentencePieceTokenizer, hf_folder: Path, value: str) -> None:
     assert tokenizer.decode(tokenizer.encode(value)) == value
@@ -48,7 +48,7 @@ def test_text_survives_encode_and_decode(tokenizer: SentencePieceTokenizer, hf_f
     assert hugging_face.decode(hugging_face.encode(value)) == value
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(before=text, token=st.sampled_from(["<s>", "</s>", "<human>", "<bot>", "<pad>", "<new>"]), after=text)
 def test_text_never_becomes_a_special_token(
     tokenizer: SentencePieceTokenizer, hf_folder: Path, before: str, token: str, after: str

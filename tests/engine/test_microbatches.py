@@ -40,7 +40,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("axes", LAYOUTS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(lengths=lengths_lists, budget=st.integers(1, 50))
 def test_every_row_is_packed_once_and_shapes_fit_the_layout(axes: Any, lengths: list[int], budget: int) -> None:
     groups = _groups(**axes)

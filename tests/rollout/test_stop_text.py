@@ -57,7 +57,7 @@ def _watched_end(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(ALPHABET, max_size=25), st.sets(st.sampled_from(STRINGS), min_size=1, max_size=3), st.integers(0, 12))
 def test_a_row_ends_where_its_whole_text_first_holds_a_string(
     kind: str, parts: list[str], strings: set[str], least: int
