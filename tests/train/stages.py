@@ -18,6 +18,7 @@ from megatron_zj.checkpoint.manifest import read_manifest
 from megatron_zj.cli.compose import compose_run
 from megatron_zj.cli.train import train
 from megatron_zj.config.data import TokenizerConfig
+from megatron_zj.config.derived import optimizer_steps
 from megatron_zj.data.prepare import PrepareConfig, TextConfig, prepare
 from megatron_zj.data.vocabulary import train_sentencepiece
 from megatron_zj.evaluation.clinic.files import DemoSizes, write_demo
@@ -119,6 +120,11 @@ def overrides_of(stage: str, folder: Path, run: str, **changes: Any) -> list[str
         values["algorithm.reward.load"] = folder / "reward"
     values.update({name.replace("__", "."): value for name, value in changes.items()})
     return [f"{name}={value}" for name, value in values.items()]
+
+
+def schedule_of(stage: str, folder: Path) -> dict[str, int]:
+    """For a run that is stopped: the schedule ends where the whole run's does, so only the number of steps differs."""
+    return {"optim__decay_steps": optimizer_steps(compose_run(overrides_of(stage, folder, stage)))}
 
 
 @dataclass(frozen=True)

@@ -112,9 +112,9 @@ def test_an_rl_stage_samples_and_scores_as_on_the_cpu(folder: Path, stage: str) 
 
 @pytest.mark.parametrize("stage", CHAIN)
 def test_stopping_and_going_on_changes_no_bit_on_the_gpu(folder: Path, stage: str) -> None:
-    updates = stages.STEPS * (4 if stage == "ppo" else 1)
+    schedule = stages.schedule_of(stage, folder / "gpu")
     for steps in (2, stages.STEPS):
-        train(stage, folder / "gpu", f"{stage}_stopped", device(), run__num_steps=steps, optim__decay_steps=updates)
+        train(stage, folder / "gpu", f"{stage}_stopped", device(), run__num_steps=steps, **schedule)
     assert stages.metrics(folder / "gpu" / f"{stage}_stopped") == stages.metrics(folder / "gpu" / stage)
     stopped = stages.content(folder / "gpu" / f"{stage}_stopped", stages.STEPS)
     assert stopped == stages.content(folder / "gpu" / stage, stages.STEPS)

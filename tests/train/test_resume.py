@@ -19,8 +19,6 @@ from safetensors.torch import load_file
 from megatron_zj.checkpoint.hf import export_hf
 from megatron_zj.checkpoint.load import load
 from megatron_zj.checkpoint.manifest import read_manifest, write_manifest
-from megatron_zj.cli.compose import compose_run
-from megatron_zj.config.derived import optimizer_steps
 from megatron_zj.runtime.metrics import read_metrics
 from tests.helpers.chance import chance
 from tests.helpers.ranks import RankFailure, run_ranks
@@ -53,15 +51,9 @@ def _check_equal(folder: Path, stage: str, run: str) -> None:
 def test_stopping_and_going_on_changes_no_bit(folder: Path, stage: str) -> None:
     run = f"{stage}_stopped"
     for steps in (2, stages.STEPS):
-        overrides = stages.overrides_of(stage, folder, run, run__num_steps=steps, **_schedule(stage, folder))
+        overrides = stages.overrides_of(stage, folder, run, run__num_steps=steps, **stages.schedule_of(stage, folder))
         run_ranks(2, stages.run_stage, overrides, timeout=120)
     _check_equal(folder, stage, run)
-
-
-def _schedule(stage: str, folder: Path) -> dict[str, int]:
-    """The schedule ends where the whole run's does, so only the number of steps may differ."""
-    whole = compose_run(stages.overrides_of(stage, folder, stage))
-    return {"optim__decay_steps": optimizer_steps(whole)}
 
 
 def _kill_and_resume(folder: Path, stage: str, run: str, phase: str, pick: random.Random) -> str:
@@ -154,7 +146,7 @@ def test_a_run_goes_on_under_another_layout_within_1e_6(folder: Path, stage: str
     one = {"world_size": 2, "parallel__tp": 1, "parallel__pp": 1, "parallel__sequence_parallel": "false"}
     run = f"{stage}_{first}_{then}"
     for steps, layout in ((2, first), (stages.STEPS, then)):
-        changes = {**one, "run__num_steps": steps, **_schedule(stage, folder), **layouts.get(layout, {})}
+        changes = {**one, "run__num_steps": steps, **stages.schedule_of(stage, folder), **layouts.get(layout, {})}
         run_ranks(2, stages.run_stage, stages.overrides_of(stage, folder, run, **changes), timeout=120)
     for mine, theirs in zip(stages.metrics(folder / run), stages.metrics(folder / stage), strict=True):
         for name, value in theirs.items():
