@@ -62,6 +62,9 @@ def test_line_numbers_are_those_an_editor_shows(tmp_path: Path) -> None:
     array = tmp_path / "a.json"
     array.write_text('[\n {"text":\n  "x"},\n\n {"text": "y"}, {"text": "z"}\n]\n')
     assert [item.line for item in read_items(array)] == [2, 5, 5]
+    mapping = tmp_path / "m.json"
+    mapping.write_text('\n{"a": {"text":\n  "x"},\n\n "b": {"text": "y"},\n"c":\n {"text": "z"}}\n')
+    assert [item.line for item in read_items(mapping)] == [2, 5, 7]
     table = tmp_path / "t.csv"
     table.write_text('text,b\n"one\ntwo",1\nthree,2\n')
     assert [item.line for item in read_items(table)] == [2, 4]
@@ -75,6 +78,30 @@ def test_cells_with_line_breaks_and_quotes_survive(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_bytes('ask,answer\r\n"头痛\r\n两天","说""休息"""\r\n'.encode("gb18030"))
     assert values(path) == [{"ask": "头痛\r\n两天", "answer": '说"休息"'}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "lines"),
+    [
+        ("a.jsonl", '{"text": "x", "text": "y"}\n{"text": "z"}', [1, 2]),
+        ("a.json", '[{"text": "x",\n"text": "y"},\n{"text": "z"}]', [1, 3]),
+        ("a.json", '{"p": {"text": "x", "text": "y"},\n"q": {"text": "z"}}', [1, 2]),
+    ],
+)
+def test_an_object_with_one_key_twice_is_a_bad_record(tmp_path: Path, name: str, content: str, lines: list) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    first, second = read_items(path)
+    assert first.error is not None
+    assert first.error.reason == "the key 'text' stands twice in one object"
+    assert second.value == {"text": "z"}
+    assert [first.line, second.line] == lines
+
+
+def test_records_under_one_name_are_all_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"p": {"text": "x"}, "p": {"text": "y"}}')
+    assert values(path) == [{"text": "x"}, {"text": "y"}]
 
 
 def test_a_row_with_other_cells_than_the_header_is_a_bad_record(tmp_path: Path) -> None:
@@ -104,6 +131,24 @@ def test_parquet_text_in_another_encoding_names_the_file(tmp_path: Path) -> None
         values(path)
 
 
+def test_times_that_python_cannot_hold_do_not_matter_as_a_column_and_name_the_file_inside_one(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    far, fine = (pyarrow.array([(1 << 62) + 1]).view(pyarrow.timestamp(unit)) for unit in ("us", "ns"))
+    pyarrow.parquet.write_table(pyarrow.table({"far": far, "text": ["发热"], "fine": fine}), path)
+    assert values(path) == [{"text": "发热"}]
+    pyarrow.parquet.write_table(pyarrow.table({"turns": pyarrow.StructArray.from_arrays([far], ["seen"])}), path)
+    with pytest.raises(DataError, match=r"rows\.parquet, in a row after 0: (.|\n)*-> leave out the column"):
+        values(path)
+
+
+def test_parquet_with_one_column_name_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, ["output", "output"]), path)
+    with pytest.raises(DataError, match=r"rows\.parquet: two columns are called 'output'"):
+        values(path)
+
+
 def test_lines_are_read_without_their_ends(tmp_path: Path) -> None:
     path = tmp_path / "t.txt"
     path.write_bytes("一\r\n二\n\n三".encode("gb18030"))
@@ -120,6 +165,14 @@ def test_lines_are_read_without_their_ends(tmp_path: Path) -> None:
         ("a.json", b'[{"text": "x"},\n{"text" "y"}]', r"a.json, line 2, column 9"),
         ("a.json", b'[{"text": "x"}\n{"text": "y"}]', r"a.json, line 2: expected ',' or ']'"),
         ("a.json", b'[{"text": "x"},\n', r"a.json, line 2"),
+        ("a.json", b'[{"text": "x"}]\n\n[{"text": "y"}]', r"a.json, line 3: there is more after the end"),
+        ("a.json", b'[{"text": "x"}] and garbage {', r"a.json, line 1: there is more after the end"),
+        ("a.json", b'[{"text": "x"}]\n[{"text": "y"}]\n', r"a.json, line 2: there is more after the end"),
+        ("a.json", b'{\n"text": "x"}\n{\n"text": "y"}\n', r"a.json, line 3: there is more after the end"),
+        ("a.json", b'"x"\n"y"', r"a.json, line 2: there is more after the end"),
+        ("a.json", b'{\n1: {"text": "x"}}', r"a.json, line 2: a name in double quotes"),
+        ("a.json", b'{"a"\n{"text": "x"}}', r"a.json, line 2: expected ':', found '{'"),
+        ("a.jsonl", b'{"text": "x"}\n' * 99999 + b'{"text": "\0"}\n{}', r"a zero byte in line 100000, as"),
         ("a.json", b'{\n"text": ', "a.json, line 2"),
         (
             "a.jsonl",

@@ -8,10 +8,11 @@ import gzip
 import io
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, cast
+from typing import Any, BinaryIO, cast
 
 import pyarrow
 import pyarrow.parquet
@@ -111,13 +112,13 @@ def detect_encoding(path: Path) -> str:
 def _undecodable(path: Path, encoding: str) -> str | None:
     """Why the file is not text in this encoding; None when it is."""
     decoder = codecs.getincrementaldecoder(encoding)()
-    offset, lines = 0, 0
+    lines = 0
     try:
         with _open_bytes(path) as file:
             while chunk := file.read(_CHUNK):
-                if "\0" in decoder.decode(chunk):
-                    return f"a zero byte near offset {offset}, as in UTF-16 or a binary file"
-                offset += len(chunk)
+                if "\0" in decoder.decode(chunk):  # in both encodings a zero byte is that character and nothing else
+                    before = lines + chunk.count(b"\n", 0, chunk.index(b"\0"))
+                    return f"a zero byte in line {1 + before}, as in UTF-16 or a binary file"
                 lines += chunk.count(b"\n")
             decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
@@ -151,7 +152,9 @@ def _json_lines(path: Path) -> Iterator[Item]:
             if not line.strip():
                 continue
             try:
-                yield Item(number, json.loads(line))
+                yield Item(number, _DECODER.decode(line))
+            except BadRecord as error:
+                yield Item(number, None, error)
             except json.JSONDecodeError as error:
                 yield Item(number, None, BadRecord(f"the line is not JSON ({error.msg} at column {error.colno})"))
             except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting without end
@@ -159,54 +162,104 @@ def _json_lines(path: Path) -> Iterator[Item]:
 
 
 def _json_document(path: Path) -> Iterator[Item]:
-    """The elements of one array, the values of one object whose values are all objects, or one object."""
+    """The elements of one array, the values of one object whose values are all objects, or one value."""
     with open_text(path) as file:
         text = file.read()
-    start = len(text) - len(text.lstrip())
-    if text[start : start + 1] != "[":
-        whole = _parse(path, text)
-        values = list(whole.values()) if _is_mapping_of_records(whole) else [whole]
-        yield from (Item(number, value) for number, value in enumerate(values, start=1))
+    document = _Document(path, text)
+    if document.peek() == "[":
+        yield from document.members("[", "]")
         return
-    decoder = json.JSONDecoder()
-    position, line = start + 1, 1 + text.count("\n", 0, start + 1)
-    while True:
-        begin = _skip_space(text, position)
-        line += text.count("\n", position, begin)
-        if text[begin : begin + 1] == "]":
+    if document.peek() == "{":
+        records = list(document.members("{", "}"))
+        if records and all(isinstance(item.value, dict) or item.error for item in records):
+            yield from records
             return
+        document = _Document(path, text)
+    yield document.item()
+    document.end()
+
+
+class _Document:
+    """A JSON text, read value by value with the line of each.  What is not JSON raises DataError."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self._path = path
+        self._text = text
+        self._position = 0
+        self._line = 1
+
+    def peek(self) -> str:
+        """The next character that is not white space; "" at the end."""
+        position = self._position
+        while position < len(self._text) and self._text[position] in " \t\r\n":
+            position += 1
+        self._move(position)
+        return self._text[position : position + 1]
+
+    def item(self) -> Item:
+        """The next value."""
+        self.peek()
+        line, value, problem = self._line, None, None
         try:
-            value, end = decoder.raw_decode(text, begin)
+            try:
+                value, end = _DECODER.raw_decode(self._text, self._position)
+            except BadRecord as error:
+                problem, (_, end) = error, json.JSONDecoder().raw_decode(self._text, self._position)
+        except json.JSONDecodeError as error:
+            raise _no_json(self._path, f"{error.lineno}, column {error.colno}", error.msg) from error
         except (ValueError, RecursionError) as error:
-            _refuse(path, line, error)
-        yield Item(line, value)
-        line += text.count("\n", begin, end)
-        position = _skip_space(text, end)
-        line += text.count("\n", end, position)
-        if text[position : position + 1] not in (",", "]"):
-            raise DataError(f"{path}, line {line}: expected ',' or ']' after a record\n  -> mend the JSON")
-        position += text[position] == ","
+            raise _no_json(self._path, line, error) from error
+        self._move(end)
+        return Item(line, value, problem)
+
+    def members(self, opening: str, closing: str) -> Iterator[Item]:
+        """The elements of an array or the values of an object, which must be all there is."""
+        self._take(opening)
+        while self.peek() != closing:
+            if opening == "{":
+                name = self.item()
+                if not isinstance(name.value, str):
+                    raise _no_json(self._path, name.line, "a name in double quotes must stand before each value")
+                self._take(":")
+            yield self.item()
+            if self.peek() != closing:
+                self._take(",", closing)
+        self._take(closing)
+        self.end()
+
+    def end(self) -> None:
+        """Nothing may follow."""
+        if self.peek():
+            raise DataError(
+                f"{self._path}, line {self._line}: there is more after the end of the JSON value\n"
+                "  -> make one array of it all, or a .jsonl file with one record a line"
+            )
+
+    def _take(self, *wanted: str) -> None:
+        if self.peek() not in wanted:
+            expected = " or ".join(map(repr, wanted))
+            raise _no_json(self._path, self._line, f"expected {expected}, found {self.peek() or 'the end'!r}")
+        self._move(self._position + 1)
+
+    def _move(self, position: int) -> None:
+        self._line += self._text.count("\n", self._position, position)
+        self._position = position
 
 
-def _skip_space(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n":
-        position += 1
-    return position
+def _no_json(path: Path, line: int | str, reason: object) -> DataError:
+    return DataError(f"{path}, line {line}: {reason}\n  -> mend the JSON")
 
 
-def _parse(path: Path, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        _refuse(path, 1, error)
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, where each key stands once: of two, json keeps the last and tells nobody."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise BadRecord(f"the key {twice!r} stands twice in one object")
+    return found
 
 
-def _refuse(path: Path, line: int, error: Exception) -> NoReturn:
-    """A document that is no JSON; ``line``: where the value begins, when the error does not know better."""
-    where, reason = f"line {line}", str(error)
-    if isinstance(error, json.JSONDecodeError):
-        where, reason = f"line {error.lineno}, column {error.colno}", error.msg
-    raise DataError(f"{path}, {where}: {reason}\n  -> mend the JSON") from error
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 
 def _is_mapping_of_records(value: Any) -> bool:
@@ -238,12 +291,26 @@ def _csv_items(path: Path, delimiter: str) -> Iterator[Item]:
 
 
 def _parquet_items(path: Path) -> Iterator[Item]:
+    number = 0
     try:
-        number = 0
         with pyarrow.parquet.ParquetFile(path) as file:
+            columns = _parquet_columns(path, file.schema_arrow)
             for batch in file.iter_batches(batch_size=1024):
-                for value in batch.to_pylist():
+                for value in batch.select(columns).to_pylist():
                     number += 1
                     yield Item(number, value)
+    except DataError:
+        raise
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is no readable parquet file: {error}\n  -> fetch or write it again") from error
+    except (ValueError, OverflowError) as error:  # of a time inside a list or struct
+        where = f"{path}, in a row after {number}"
+        raise DataError(f"{where}: {error}\n  -> leave out the column, or write it as text") from error
+
+
+def _parquet_columns(path: Path, schema: pyarrow.Schema) -> list[int]:
+    """All columns but times and dates: no format reads one, and not every one has a value in Python."""
+    twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
+    if twice:
+        raise DataError(f"{path}: two columns are called {twice[0]!r}\n  -> rename or remove one")
+    return [place for place, field in enumerate(schema) if not pyarrow.types.is_temporal(field.type)]
