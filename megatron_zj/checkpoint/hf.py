@@ -43,7 +43,7 @@ from megatron_zj.checkpoint.safetensors_files import (
 from megatron_zj.checkpoint.save import ALGORITHM, COMMON, ROLES
 from megatron_zj.checkpoint.shards import ShardReader, ShardWriter, require_finite, write_foreign_common, write_index
 from megatron_zj.config.model import HeadKind, ModelConfig
-from megatron_zj.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from megatron_zj.data.tokenizer import TOKENIZER_FILES, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from megatron_zj.data.vocabulary import mean_of_pieces, pieces_of_new_ids
 from megatron_zj.models.canonical import (
     EMBEDDING,
@@ -61,16 +61,6 @@ LM_HEAD = "lm_head.weight"
 _ELSEWHERE = "Free some space, or give --to a folder on another disk"
 ORIGINAL = "hugging_face"  # folder of the imported config.json inside a checkpoint
 _KEPT_FILES = ("config.json", "generation_config.json")
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 _LAYER_KEYS = (
     "self_attention.linear_qkv.layer_norm_weight",
     "self_attention.linear_qkv.weight",
@@ -130,6 +120,11 @@ def import_hf(
         kept = load_tokenizer(source)
     if tokenizer is not None or special_tokens:
         kept = _extend(incoming, kept, load_tokenizer(tokenizer or source, special_tokens))
+    elif kept is not None and kept.vocab_size > model.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer in {source} has {kept.vocab_size} ids and the model {model.vocab_size} vocabulary rows; "
+            "put the tokenizer there that the model was trained with; --tokenizer and --special-tokens add rows"
+        )
     role = RoleInfo(incoming.model, head, has_optimizer=False, layout={"pp": 1, "dp": 1, "cp": 1, "tp": 1, "vpp": 1})
 
     def write(folder: Path) -> None:
@@ -137,7 +132,7 @@ def import_hf(
         files |= tree.save_tree(folder, ALGORITHM, {})
         files |= _copy(source, folder, ORIGINAL, _KEPT_FILES)
         if kept is not None and incoming.pieces is None:
-            files |= _copy(source, folder, TOKENIZER, _TOKENIZER_FILES)
+            files |= _copy(source, folder, TOKENIZER, TOKENIZER_FILES)
         elif kept is not None:
             files |= write_tokenizer(folder, kept)
         config = {"model": dataclasses.asdict(incoming.model), "imported_from": raw.get("_name_or_path", source.name)}

@@ -48,9 +48,12 @@ class SafetensorsFolder:
         self.folder = folder
         self.files: dict[str, Path] = {}  # by tensor name
         if (folder / INDEX).is_file():
-            weight_map = read_json(folder / INDEX, _ADVICE).get("weight_map", {})
+            index = read_json(folder / INDEX, _ADVICE)
+            weight_map = index.get("weight_map") if isinstance(index, dict) else None
+            if not isinstance(weight_map, dict):
+                raise CheckpointError(f"{folder / INDEX} has no weight_map of tensor names to files; {_ADVICE}")
             for name, file in weight_map.items():
-                if "/" in file or not file.endswith(".safetensors"):
+                if not isinstance(file, str) or "/" in file or not file.endswith(".safetensors"):
                     raise CheckpointError(f"{folder / INDEX} names {file!r}, which is not a safetensors file beside it")
                 self.files[name] = folder / file
         elif (folder / SINGLE).is_file():

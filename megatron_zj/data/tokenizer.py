@@ -19,12 +19,24 @@ import tokenizers
 
 from megatron_zj.config.data import TokenizerConfig
 from megatron_zj.data.errors import DataError
+from megatron_zj.runtime.files import write_whole
 
 SP_FILE = "tokenizer.model"
 HF_FILE = "tokenizer.json"
 _HF_CONFIG = "tokenizer_config.json"
 _HF_SPECIAL = "special_tokens_map.json"
 _HF_ADDED = "added_tokens.json"
+TOKENIZER_FILES = (  # what a folder's tokenizer may be made of
+    HF_FILE,
+    SP_FILE,
+    _HF_CONFIG,
+    _HF_SPECIAL,
+    _HF_ADDED,
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+_ADDED = "the added token"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -64,8 +76,26 @@ class Tokenizer(ABC):
         """Checksum (64 hex digits) of all that decides ids; a checkpoint stores it and refuses another."""
 
     @abstractmethod
+    def _files(self) -> dict[str, bytes]:
+        """What ``save`` writes, the file without which there is no tokenizer last."""
+
     def save(self, folder: Path) -> None:
-        """Write a folder that ``load_tokenizer`` reads back with the same fingerprint."""
+        """Write a folder that ``load_tokenizer`` reads back with the same fingerprint.
+
+        A folder that does so already stays as it is.  Raises DataError where another tokenizer, or a file of one, is.
+        """
+        files = self._files()
+        found = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+        if other := sorted(name for name, content in found.items() if content != files.get(name)):
+            if not _is_at(folder, self.fingerprint()):
+                raise DataError(
+                    f"{folder / other[0]} is there already, and of another tokenizer\n"
+                    "  -> choose another folder, or move that tokenizer away"
+                )
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_whole(folder / name, content)
 
     @abstractmethod
     def _decode_plain(self, ids: Sequence[int]) -> str:
@@ -105,6 +135,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         size = self._processor.vocab_size()
         specials = {self._processor.id_to_piece(i): i for i in range(size) if self._is_control(i)}
+        self._check_added(added)
         specials |= added
         vocab_size = max([size - 1, *specials.values()]) + 1
         for token in special_tokens:
@@ -126,6 +157,24 @@ class SentencePieceTokenizer(Tokenizer):
             raise DataError("the SentencePiece model has no bos or no eos piece\n  -> train it with both")
         own_pad = self._processor.pad_id()
         self.pad_id = own_pad if own_pad >= 0 else specials.get("<pad>", self._processor.unk_id())
+
+    def _check_added(self, added: Mapping[str, int]) -> None:
+        """DataError unless the added tokens follow the pieces without a gap, or name a piece at its own id."""
+        size = self._processor.vocab_size()
+        pieces = {self._processor.id_to_piece(i): i for i in (self._processor.piece_to_id(t) for t in added)}
+        for token, token_id in added.items():
+            if pieces.get(token, token_id) != token_id:
+                raise DataError(f"{_ADDED} {token!r} has id {token_id}, and is the model's piece {pieces[token]} too")
+            if 0 <= token_id < size and token not in pieces:
+                taken = self._processor.id_to_piece(token_id)
+                raise DataError(f"{_ADDED} {token!r} has id {token_id}, which is the piece {taken!r} of the model")
+        beyond = sorted((i, token) for token, i in added.items() if not 0 <= i < size)
+        for expected, (token_id, token) in enumerate(beyond, start=size):
+            if token_id != expected:
+                raise DataError(
+                    f"{_ADDED} {token!r} has id {token_id}; after the model's {size} pieces each next one has the next "
+                    f"id, which is {expected}"
+                )
 
     def _is_control(self, token_id: int) -> bool:
         return bool(self._processor.is_control(token_id))
@@ -154,9 +203,7 @@ class SentencePieceTokenizer(Tokenizer):
         """The serialised SentencePiece model."""
         return self._model
 
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / SP_FILE).write_bytes(self._model)
+    def _files(self) -> dict[str, bytes]:
         names = {"bos_token": self.piece(self.bos_id), "eos_token": self.piece(self.eos_id)}
         names |= {"unk_token": self.piece(self._processor.unk_id()), "pad_token": self.piece(self.pad_id)}
         config = {
@@ -167,7 +214,7 @@ class SentencePieceTokenizer(Tokenizer):
                 for token, token_id in sorted(self._added.items(), key=lambda item: item[1])
             },
         }
-        (folder / _HF_CONFIG).write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        return {_HF_CONFIG: _json(config), SP_FILE: self._model}
 
 
 class HFTokenizer(Tokenizer):
@@ -212,11 +259,9 @@ class HFTokenizer(Tokenizer):
         content = json.dumps(json.loads(self._tokenizer.to_str()), sort_keys=True, ensure_ascii=False)
         return _digest(b"tokenizers", content.encode(), json.dumps(sorted(self._names.items())).encode())
 
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / HF_FILE).write_text(self._tokenizer.to_str(), encoding="utf-8")
+    def _files(self) -> dict[str, bytes]:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._names}
-        (folder / _HF_CONFIG).write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        return {_HF_CONFIG: _json(config), HF_FILE: self._tokenizer.to_str().encode()}
 
 
 def load_tokenizer(path: Path, special_tokens: Sequence[str] = ()) -> Tokenizer:
@@ -226,19 +271,25 @@ def load_tokenizer(path: Path, special_tokens: Sequence[str] = ()) -> Tokenizer:
     """
     if not path.exists():
         raise DataError(f"tokenizer {path} does not exist\n  -> set tokenizer.path to a .model file or a folder")
+    if "" in special_tokens:
+        raise DataError("tokenizer.special_tokens: the text of a token is empty\n  -> give it one, or leave it out")
     if path.is_file():
         return SentencePieceTokenizer(_read_model(path), {}, special_tokens)
     settings = _hf_settings(path)
     if (path / HF_FILE).is_file():
-        text = (path / HF_FILE).read_text(encoding="utf-8")
         try:
+            text = (path / HF_FILE).read_text(encoding="utf-8")
             return HFTokenizer(text, _names(settings), special_tokens)
-        except DataError:
+        except (DataError, OSError):
             raise
         except Exception as error:  # the library raises bare Exception on a damaged file
             raise DataError(f"{path / HF_FILE} is not a usable tokenizer: {error}") from error
     if (path / SP_FILE).is_file():
-        return SentencePieceTokenizer(_read_model(path / SP_FILE), _added_tokens(settings), special_tokens)
+        model, added = _read_model(path / SP_FILE), _added_tokens(path, settings)
+        try:
+            return SentencePieceTokenizer(model, added, special_tokens)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
     raise DataError(f"folder {path} holds neither {HF_FILE} nor {SP_FILE}\n  -> point tokenizer.path at one that does")
 
 
@@ -264,14 +315,12 @@ def _read_model(path: Path) -> bytes:
 
 
 def _hf_settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, over special_tokens_map.json; added_tokens.json under its own key."""
+    """tokenizer_config.json, over special_tokens_map.json."""
     settings: dict[str, Any] = {}
     for name in (_HF_SPECIAL, _HF_CONFIG):
         if (folder / name).is_file():
             found = _read_json(folder / name)
             settings |= {key: value for key, value in found.items() if value is not None}
-    if (folder / _HF_ADDED).is_file():
-        settings["added_tokens"] = _read_json(folder / _HF_ADDED)
     return settings
 
 
@@ -296,11 +345,37 @@ def _names(settings: Mapping[str, Any]) -> dict[str, str]:
     return names
 
 
-def _added_tokens(settings: Mapping[str, Any]) -> dict[str, int]:
-    added = {str(token): int(token_id) for token, token_id in settings.get("added_tokens", {}).items()}
-    for token_id, token in settings.get("added_tokens_decoder", {}).items():
-        added[str(token["content"])] = int(token_id)
+def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, int]:
+    """Tokens and ids of added_tokens.json and of tokenizer_config.json; one that is in both must have one id."""
+    listed = _read_json(folder / _HF_ADDED) if (folder / _HF_ADDED).is_file() else {}
+    found = [(folder / _HF_ADDED, token, token_id) for token, token_id in listed.items()]
+    where, decoder = folder / _HF_CONFIG, settings.get("added_tokens_decoder", {})
+    if not isinstance(decoder, dict):
+        raise DataError(f"{where}: added_tokens_decoder must be an object, found {type(decoder).__name__}")
+    for key, value in decoder.items():
+        content = value.get("content") if isinstance(value, dict) else None
+        found.append((where, content, int(key) if key.isdecimal() else key))
+    added: dict[str, int] = {}
+    for path, token, token_id in found:
+        if not isinstance(token, str) or not token or type(token_id) is not int or token_id < 0:
+            raise DataError(
+                f"{path}: an added token must have a text and an id from 0 on, found {token!r}: {token_id!r}"
+            )
+        if added.setdefault(token, token_id) != token_id:
+            raise DataError(f"{path}: the added token {token!r} has id {token_id}, and {added[token]} before")
     return added
+
+
+def _is_at(folder: Path, fingerprint: str) -> bool:
+    """Whether the folder holds the tokenizer with this fingerprint."""
+    try:
+        return load_tokenizer(folder).fingerprint() == fingerprint
+    except DataError:
+        return False
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
 
 
 def _digest(*parts: bytes) -> str:

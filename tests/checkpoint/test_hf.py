@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -272,6 +273,66 @@ def test_what_is_not_a_sound_safetensors_llama_is_refused(tmp_path: Path) -> Non
     refused("act", lambda folder: _spoil_config(folder, hidden_act="gelu"), "hidden_act is 'gelu'")
     rope = {"rope_type": "yarn", "factor": 2.0}
     refused("rope", lambda folder: _spoil_config(folder, rope_parameters=rope), "rope_type 'yarn' is not supported")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads: must be >= 1, got 0"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers: expected an integer, got 2.0; write 2"),
+        ({"architectures": 5}, "architectures: expected a list, got 5"),
+        ({"architectures": ["BloomModel"]}, "architectures is ['BloomModel']; known are"),
+        ({"hidden_size": "32"}, "hidden_size: expected an integer, got the string '32'"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps: expected a number, got the string '1e-5'"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings: expected true or false, got the string 'false'"),
+        ({"max_position_embeddings": None}, "max_position_embeddings: expected an integer, got null"),
+        ({"megatron_zj": [1]}, "megatron_zj: expected a mapping, got a list [1]"),
+        ({"megatron_zj": {"kernels": "nope"}}, "megatron_zj.kernels: the string 'nope' is not one of auto, triton"),
+        ({"rope_parameters": [1]}, "rope_parameters: expected a mapping, got [1]"),
+        ({"rope_parameters": {"rope_type": []}}, "rope_type [] is not supported; known are default, linear, llama3"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_scaling.factor: missing"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": "2"}}, "rope_scaling.factor: expected a number"),
+    ],
+)
+def test_a_config_that_says_no_llama_is_refused_by_file_and_key(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    _hf_model(tmp_path, SMALL)
+    _spoil_config(tmp_path, **changes)
+    with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path / 'config.json'}: {words}")):
+        import_hf(tmp_path, tmp_path / "zj")
+    assert not (tmp_path / "zj").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("config.json", '["llama"]', "config.json must hold a JSON object, found list"),
+        ("config.json", '"llama"', "config.json must hold a JSON object, found str"),
+        ("model.safetensors.index.json", "[]", "index.json has no weight_map of tensor names to files"),
+        (
+            "model.safetensors.index.json",
+            '{"weight_map": [1]}',
+            "index.json has no weight_map of tensor names to files",
+        ),
+        ("model.safetensors.index.json", '{"weight_map": {"x": 5}}', "names 5, which is not a safetensors file"),
+    ],
+)
+def test_json_of_another_shape_is_refused_by_its_file(tmp_path: Path, name: str, content: str, words: str) -> None:
+    _hf_model(tmp_path, SMALL)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(CheckpointError, match=re.escape(words)):
+        import_hf(tmp_path, tmp_path / "zj")
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(tmp_path: Path) -> None:
+    tokenizer = train_sentencepiece(["头痛发热咳嗽，请问医生怎么办？", "abc abd abe"] * 20, 300)
+    _hf_model(tmp_path / "hf", replace(SMALL, vocab_size=298))
+    tokenizer.save(tmp_path / "hf")
+    words = "hf has 300 ids and the model 298 vocabulary rows; put the tokenizer there that the model was trained with"
+    with pytest.raises(CheckpointError, match=words):
+        import_hf(tmp_path / "hf", tmp_path / "zj")
+    assert not (tmp_path / "zj").exists()
 
 
 def test_a_conversion_never_overwrites_and_leaves_nothing_half_done(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,32 @@ def test_saved_folder_gives_the_same_tokenizer(
         assert again.encode(TEXTS[0]) == original.encode(TEXTS[0])
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "added_tokens.json"])
+def test_a_folder_with_another_tokenizer_or_a_file_of_one_is_left_as_it_is(
+    tokenizer: SentencePieceTokenizer, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(DataError, match=f"{name} is there already, and of another tokenizer\n  -> choose another"):
+        tokenizer.save(tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "{}"}
+
+
+def test_saving_again_completes_and_changes_nothing(
+    tokenizer: SentencePieceTokenizer, hf_folder: Path, tmp_path: Path
+) -> None:
+    for original in (tokenizer, load_tokenizer(hf_folder)):
+        folder = tmp_path / type(original).__name__
+        original.save(folder)
+        whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+        original.save(folder)
+        (folder / ("tokenizer.model" if original is tokenizer else "tokenizer.json")).unlink()  # an interrupted one
+        original.save(folder)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+    before = {path.name: path.read_bytes() for path in hf_folder.iterdir()}
+    load_tokenizer(hf_folder).save(hf_folder)  # written by another program: the same tokenizer in other bytes
+    assert {path.name: path.read_bytes() for path in hf_folder.iterdir()} == before
+
+
 def test_fingerprint_tells_tokenizers_apart(tokenizer: SentencePieceTokenizer, hf_folder: Path) -> None:
     known = [
         tokenizer,
@@ -129,6 +156,47 @@ def test_sentencepiece_folder_with_added_tokens_json_keeps_their_ids(
     assert loaded.vocab_size == tokenizer.vocab_size + 2
 
 
+def test_added_tokens_may_name_pieces_of_the_model_at_their_own_ids(
+    tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    size = tokenizer.vocab_size
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.model)
+    named = {"0": "<unk>", "1": "<s>", "2": "</s>", str(size): "<x>"}
+    decoder = {token_id: {"content": token} for token_id, token in named.items()}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<x>": size}))
+    loaded = load_tokenizer(tmp_path)
+    assert (loaded.vocab_size, loaded.special_id("<x>"), loaded.bos_id) == (size + 1, size, tokenizer.bos_id)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("added_tokens.json", {"<x>": 300}, "'<x>' has id 300, which is the piece '"),
+        ("added_tokens.json", {"<x>": -3}, "from 0 on, found '<x>': -3"),
+        ("added_tokens.json", {"<x>": None}, "from 0 on, found '<x>': None"),
+        ("added_tokens.json", {"<x>": "abc"}, "from 0 on, found '<x>': 'abc'"),
+        ("added_tokens.json", {"": 420}, "from 0 on, found '': 420"),
+        ("added_tokens.json", {"<x>": 999999999999}, "'<x>' has id 999999999999; after the model's 420 pieces"),
+        ("added_tokens.json", {"<x>": 420, "<y>": 420}, "'<y>' has id 420; after the model's 420 pieces"),
+        ("added_tokens.json", {"<s>": 420}, "'<s>' has id 420, and is the model's piece 1 too"),
+        ("added_tokens.json", {"<unk>": 420}, "'<unk>' has id 420, and is the model's piece 0 too"),
+        ("tokenizer_config.json", {"added_tokens_decoder": []}, "added_tokens_decoder must be an object, found list"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"420": "tok"}}, "from 0 on, found None: 420"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"420": {}}}, "from 0 on, found None: 420"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<x>"}}}, "from 0 on, found '<x>': 'x'"),
+    ],
+)
+def test_added_tokens_that_cannot_be_are_refused(
+    tokenizer: SentencePieceTokenizer, tmp_path: Path, name: str, content: object, words: str
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.model)
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(DataError, match=re.escape(words)) as refused:
+        load_tokenizer(tmp_path)
+    assert str(refused.value).startswith(str(tmp_path))
+
+
 def test_unusable_tokenizers_name_the_file_and_what_to_change(
     tokenizer: SentencePieceTokenizer, tmp_path: Path
 ) -> None:
@@ -142,12 +210,16 @@ def test_unusable_tokenizers_name_the_file_and_what_to_change(
     damaged.mkdir()
     (damaged / "tokenizer.json").write_text("{")
     (damaged / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "tokenizer.json").write_bytes(b"\xff")
     for path, message in (
         (tmp_path / "none.model", "does not exist"),
         (broken, "broken.model is not a SentencePiece model"),
         (empty, "empty.model is empty"),
         (folder, "holds neither tokenizer.json nor tokenizer.model"),
         (damaged, "is not a usable tokenizer"),
+        (foreign, "foreign/tokenizer.json is not a usable tokenizer: 'utf-8' codec"),
     ):
         with pytest.raises(DataError, match=message):
             load_tokenizer(path)
@@ -155,6 +227,9 @@ def test_unusable_tokenizers_name_the_file_and_what_to_change(
         build_tokenizer(TokenizerConfig())
     with pytest.raises(DataError, match=r"special_tokens=\['<nurse>'\]"):
         tokenizer.special_id("<nurse>")
+    tokenizer.save(tmp_path / "whole")
+    with pytest.raises(DataError, match=r"tokenizer\.special_tokens: the text of a token is empty"):
+        load_tokenizer(tmp_path / "whole", [""])
 
 
 def test_hf_folder_without_eos_is_refused(hf_folder: Path, tmp_path: Path) -> None:

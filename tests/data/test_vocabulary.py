@@ -132,7 +132,13 @@ def test_commands_train_extend_and_show(
     train = ["train", f"data.files=[{raw}]", "vocab_size=310", "special_tokens=['<human>']", f"out={tmp_path / 'new'}"]
     assert main([*train, "character_coverage=1.0"]) == 0
     assert load_tokenizer(tmp_path / "new").special_id("<human>") == 4
-    assert main(["extend", f"base={tmp_path / 'english'}", f"pieces={tmp_path / 'new'}", f"out={tmp_path / 'e'}"]) == 0
+    assert main([*train, "character_coverage=1.0"]) == 0  # again: the same tokenizer
+    extend = ["extend", f"base={tmp_path / 'english'}", f"pieces={tmp_path / 'new'}"]
+    for taken in (tmp_path / "english", tmp_path / "new"):
+        with pytest.raises(DataError, match=f"{taken}/tokenizer.model is there already, and of another tokenizer"):
+            main([*extend, f"out={taken}"])
+    assert load_tokenizer(tmp_path / "english").fingerprint() == english.fingerprint()
+    assert main([*extend, f"out={tmp_path / 'e'}"]) == 0
     assert load_tokenizer(tmp_path / "e").vocab_size > english.vocab_size
     capsys.readouterr()
     assert main(["show", f"path={tmp_path / 'e'}", "text=高血压"]) == 0
