@@ -2,8 +2,8 @@
 
 prepare -> pre-train (DP2, distributed optimizer) -> SFT (TP2), and SFT from scratch -> reward model (PP2) ->
 PPO (DP2) -> evaluate -> runs/demo/report.html and runs/demo/summary.json.  Each stage loads the one before it under
-another layout.  A stage that is done is not done again; remove the folder to start over.  The last lines say which
-targets were met and missed.
+another layout.  A stage that is done is not done again; --fresh starts over.  A folder belongs to one seed and size;
+one that holds something else than a demo is refused.  The last lines say which targets were met and missed.
 
 --algorithms all: from the same SFT model also GRPO, rejection sampling, DPO, and PPO with the reward's sign flipped,
 each judged along the way.
@@ -31,6 +31,7 @@ from megatron_zj.cli.compose import compose_run
 from megatron_zj.config.run import RunConfig
 from megatron_zj.evaluation.clinic.files import DemoSizes, write_demo
 from megatron_zj.evaluation.report import targets, write_report
+from megatron_zj.runtime.files import write_json
 
 RANKS = 2
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,6 +85,9 @@ OTHERS = (
     Stage("ppo_flipped", "prompts.jsonl", "sft", JUDGED, scored=True),
 )
 VALIDATED = ("sft.jsonl", "preference.jsonl")  # each with a held-out file beside it
+SETTINGS = "demo.json"  # what the folder's data was made with
+STAGE_FOLDERS = ("untrained", *(stage.name for stage in (*STAGES, *OTHERS)))
+WRITTEN = ("done", "data", "tokenizer", *STAGE_FOLDERS, "report.html", "summary.json")  # all that a demo writes beside
 
 
 class Demo:
@@ -228,6 +232,45 @@ class Demo:
             raise SystemExit(f"stage failed with exit code {code}: {' '.join(command)}")
 
 
+def made_with(folder: Path) -> dict[str, object] | None:
+    """The seed and size of the demo in ``folder``; None where nothing is there.
+
+    Raises ValueError where something else is: it would be overwritten, or removed.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    for mark in (folder / SETTINGS, folder / "done" / "prepare"):  # the latter is all that older demos left
+        try:
+            found = json.loads(mark.read_text(encoding="utf-8"))
+            return {name: found[name] for name in ("seed", "miniature")}
+        except (OSError, ValueError, TypeError, KeyError):
+            continue
+    raise ValueError(
+        f"{folder} is not a demo's folder (it has no {SETTINGS}) and stays as it is; give another --folder"
+    )
+
+
+def claim(folder: Path, settings: dict[str, object], fresh: bool) -> None:
+    """Make ``folder`` the place of a demo with these settings.
+
+    ``fresh``: what an earlier one wrote goes first, as that of a miniature always does for the next miniature.
+    Raises ValueError, before anything is written, where another demo or something else is there.
+    """
+    found = made_with(folder)
+    fresh = fresh or bool(found and found["miniature"] and settings["miniature"])
+    if found and found != settings and not fresh:
+        was, now = (", ".join(f"{key} {value}" for key, value in each.items()) for each in (found, settings))
+        raise ValueError(f"{folder} is a demo with {was}, not {now}; give another --folder, or --fresh to start over")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / SETTINGS, found or settings)  # until all is removed, so that a stop midway leaves no mix
+    for path in (folder / name for name in WRITTEN if fresh):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    write_json(folder / SETTINGS, settings)
+
+
 def layout(config: RunConfig, ranks: int) -> str:
     """The stage's parallel axes in words."""
     sizes = {"tp": config.parallel.tp, "pp": config.parallel.pp, "cp": config.parallel.cp}
@@ -250,12 +293,14 @@ def main() -> int:
     parser.add_argument("--miniature", action="store_true", help="seconds instead of minutes; learns nothing")
     parser.add_argument("--algorithms", choices=("ppo", "all"), default="ppo", help="what to train from the SFT model")
     parser.add_argument("--check-targets", action="store_true", help="exit with 1 when a target is missed")
-    parser.add_argument("--fresh", action="store_true", help="remove the folder first")
+    parser.add_argument("--fresh", action="store_true", help="remove first what a demo left in the folder")
     arguments = parser.parse_args()
-    folder = arguments.folder or Path("runs/demo-miniature" if arguments.miniature else "runs/demo")
-    if arguments.fresh or arguments.miniature:
-        shutil.rmtree(folder, ignore_errors=True)
-    demo = Demo(folder.resolve(), arguments.device, arguments.seed, arguments.miniature)
+    folder = (arguments.folder or Path("runs/demo-miniature" if arguments.miniature else "runs/demo")).resolve()
+    try:
+        claim(folder, {"seed": arguments.seed, "miniature": arguments.miniature}, arguments.fresh)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    demo = Demo(folder, arguments.device, arguments.seed, arguments.miniature)
     met = demo.run(others=arguments.algorithms == "all")
     return int(arguments.check_targets and not met)
 
