@@ -57,7 +57,10 @@ def settings(overrides: Sequence[str], defaults: dict[str, Any]) -> dict[str, An
         node = tree
         *folders, name = override.key_or_group.split(".")
         for folder in folders:
-            node[folder] = dict(node.get(folder) or {})
+            inside = node.get(folder) or {}
+            if not isinstance(inside, dict):
+                raise ConfigError([f"{override.input_line!r}: {folder} was set to {inside!r} before; leave that out"])
+            node[folder] = dict(inside)
             node = node[folder]
         node[name] = override.value()
     return tree

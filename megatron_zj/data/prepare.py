@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -52,7 +53,7 @@ from megatron_zj.data.prepared import (
 from megatron_zj.data.raw import raw_files
 from megatron_zj.data.rows import Counts
 from megatron_zj.data.store import UNITS_SUFFIX, write_shard
-from megatron_zj.data.tokenizer import build_tokenizer, load_tokenizer
+from megatron_zj.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from megatron_zj.runtime.files import write_json
 
 _SHARD_SUFFIXES = (".bin", ".idx", UNITS_SUFFIX)
@@ -79,7 +80,7 @@ class PrepareConfig:
     shard_chars: int = 4_000_000  # characters of input a shard, about: what an interruption can lose, a worker
 
     def __post_init__(self) -> None:
-        check_ranges(self, workers="[1, inf)", shard_chars="[1, inf)")
+        check_ranges(self, workers="[1, 1024]", shard_chars="[1, inf)")
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,7 @@ def prepare(config: PrepareConfig, *, progress: bool = False) -> PreparedManifes
         "shard_chars": config.shard_chars,
     }
     job = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    _claim(config.out, job)
-    tokenizer.save(config.out / TOKENIZER)
+    _claim(config.out, job, tokenizer)
     shards = _write_shards(config, forms, conversion, job, progress)
     counts = Counts()
     for shard in shards:
@@ -146,24 +146,41 @@ def _conversion(config: PrepareConfig) -> Conversion:
     return Conversion.of(data)
 
 
-def _claim(out: Path, job: str) -> None:
-    """Make the folder this preparation's, or refuse it when it is another's."""
+def _claim(out: Path, job: str, tokenizer: Tokenizer) -> None:
+    """Make the folder this preparation's, with its tokenizer in it, or refuse it when it is another's.
+
+    Another preparation that has no finished shard gives way: one that met a bad record, say, which is mended now.
+    """
+    before = _claimed(out)
+    if not before and (any(out.glob("*.idx")) or (out / MANIFEST).is_file()):
+        raise DataError(f"{out} already holds other data\n  -> choose another out=DIR")
+    if before and before["job"] != job:
+        if (out / MANIFEST).is_file() or any((out / SHARDS).glob("*.json")):
+            raise DataError(
+                f"{out} holds a preparation of other files or settings\n"
+                "  -> choose another out=DIR, delete it, or repeat the command it was begun with"
+            )
+        for suffix in _SHARD_SUFFIXES:
+            for half in (out / SHARDS).glob(f"*{suffix}"):
+                half.unlink()
+        with contextlib.suppress(ValueError, OSError):  # what is no tokenizer
+            if load_tokenizer(out / TOKENIZER).fingerprint() == before.get("tokenizer"):
+                shutil.rmtree(out / TOKENIZER)
+    tokenizer.save(out / TOKENIZER)  # refuses one that is not this preparation's
     (out / SHARDS).mkdir(parents=True, exist_ok=True)
+    write_json(out / JOB, {"job": job, "tokenizer": tokenizer.fingerprint()})
+
+
+def _claimed(out: Path) -> dict[str, str]:
+    """Whose the folder is: the preparation's identity as ``job``, its tokenizer's fingerprint; empty: nobody's."""
     path = out / JOB
     if not path.is_file():
-        if any(out.glob("*.idx")) or (out / MANIFEST).is_file():
-            raise DataError(f"{out} already holds other data\n  -> choose another out=DIR")
-        write_json(path, {"job": job})
-        return
+        return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["job"]
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {"job": found["job"], **found}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged\n  -> delete {out} or choose another out=DIR") from error
-    if found != job:
-        raise DataError(
-            f"{out} holds a preparation of other files or settings\n"
-            "  -> choose another out=DIR, delete it, or repeat the command it was begun with"
-        )
 
 
 def _write_shards(
@@ -247,8 +264,8 @@ def _finished(task: _Task) -> ShardInfo | None:
     if not sidecar.is_file():
         return None
     try:
-        shard = ShardInfo(**json.loads(sidecar.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
+        shard = ShardInfo.of(json.loads(sidecar.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, LookupError, AttributeError):
         return None
     paths = {sidecar.with_name(f"{task.name}{suffix}"): info for suffix, info in shard.files.items()}
     whole = all(path.is_file() and path.stat().st_size == info["bytes"] for path, info in paths.items())
@@ -275,6 +292,8 @@ def _write_task(task: _Task) -> ShardInfo:
     encoder = task.conversion.encoder(tokenizer)
     found = encode_items(task.path, task.items, FORMATS[task.form], task.conversion, encoder, counts)
     units = [(unit, record) for unit, record, _ in found]
+    if _claimed(task.folder).get("job") != task.job:
+        raise DataError(f"another zj prepare has taken {task.folder} meanwhile\n  -> choose another out=DIR")
     folder = task.folder / SHARDS
     aside = folder / f".{task.name}.partial"
     files = {}

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_zj.data.errors import DataError
+from megatron_zj.data.rows import Counts
 from megatron_zj.data.tokenizer import Tokenizer
 from megatron_zj.runtime.files import write_json
 
@@ -32,6 +33,15 @@ class ShardInfo:
     counts: dict[str, Any]
     files: dict[str, dict[str, Any]]  # suffix -> {"bytes", "sha256"}; empty when the shard has no unit
 
+    @classmethod
+    def of(cls, value: dict[str, Any]) -> ShardInfo:
+        """From JSON.  Raises TypeError, LookupError or AttributeError where it is none."""
+        shard = cls(**value)
+        Counts(**shard.counts)
+        if not all(isinstance(info["bytes"], int) and isinstance(info["sha256"], str) for info in shard.files.values()):
+            raise TypeError("a file without its size and checksum")
+        return shard
+
 
 @dataclass(frozen=True)
 class PreparedManifest:
@@ -49,8 +59,9 @@ class PreparedManifest:
 
 
 def write_manifest(folder: Path, manifest: PreparedManifest) -> None:
-    """The last file of a preparation."""
-    write_json(folder / MANIFEST, asdict(manifest))
+    """The last file of a preparation, with a checksum of all the rest of it."""
+    body = asdict(manifest)
+    write_json(folder / MANIFEST, {"checksum": _checksum_of(body), **body})
 
 
 def read_manifest(folder: Path) -> PreparedManifest:
@@ -60,13 +71,33 @@ def read_manifest(folder: Path) -> PreparedManifest:
         raise DataError(f"{folder} is not a finished preparation ({MANIFEST} is missing)\n  -> run zj prepare again")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        shards = [ShardInfo(**shard) for shard in found.pop("shards")]
-        manifest = PreparedManifest(**found, shards=shards)
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path} is damaged: {error}\n  -> prepare the data again into another folder") from error
-    if manifest.version != VERSION:
-        raise DataError(f"{path} has version {manifest.version}, this program reads {VERSION}\n  -> prepare it again")
+        version = found["version"]
+        manifest = _checked(found) if version == VERSION else None
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise DataError(
+            f"{path} is damaged: {error}\n  -> run the same zj prepare again, which keeps the shards and writes it anew"
+        ) from error
+    if manifest is None:
+        raise DataError(f"{path} has version {version}, this program reads {VERSION}\n  -> prepare it again")
     return manifest
+
+
+def _checked(found: dict[str, Any]) -> PreparedManifest:
+    """From JSON.  Raises ValueError, TypeError, LookupError or AttributeError where it is not what was written."""
+    written = found.pop("checksum", None)
+    if written not in (None, _checksum_of(found)):  # None: of an early preparation
+        raise ValueError("its checksum does not match")
+    shards = [ShardInfo.of(shard) for shard in found.pop("shards")]
+    manifest = PreparedManifest(**found, shards=shards)
+    if sum(shard.counts["units"] for shard in shards) != manifest.counts["units"]:
+        raise ValueError("shards are missing from it")
+    if not isinstance(manifest.tokenizer, str):
+        raise TypeError("it names no tokenizer")
+    return manifest
+
+
+def _checksum_of(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def open_prepared(folder: Path, kinds: Sequence[str], tokenizer: Tokenizer) -> tuple[PreparedManifest, list[Path]]:

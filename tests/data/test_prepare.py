@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,43 +17,14 @@ import pytest
 
 from megatron_zj.cli.prepare import main
 from megatron_zj.config.data import ChatConfig, CorpusConfig, PreferenceConfig, TokenizerConfig
+from megatron_zj.config.loader import ConfigError
 from megatron_zj.data import prepare as module
-from megatron_zj.data import prepared
 from megatron_zj.data.errors import DataError
-from megatron_zj.data.prepare import PrepareConfig, TextConfig, prepare
+from megatron_zj.data.prepare import TextConfig, prepare
 from megatron_zj.data.prepared import read_manifest, verify
-from megatron_zj.data.sources import verify_inputs
 from megatron_zj.data.stream import build_stream
 from megatron_zj.data.tokenizer import SentencePieceTokenizer, load_tokenizer
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory, tokenizer: SentencePieceTokenizer) -> Path:
-    folder = tmp_path_factory.mktemp("raw")
-    tokenizer.save(folder / "tokenizer")
-    texts = [json.dumps({"text": f"头痛{i}，" + "发热咳嗽。" * (i % 5)}, ensure_ascii=False) for i in range(40)]
-    (folder / "a.jsonl").write_text("\n".join(texts[:30]), encoding="utf-8")
-    (folder / "b.jsonl").write_text("\n".join(texts[30:]), encoding="gb18030")
-    chats = [{"instruction": f"头痛{i}", "output": "休息" * (1 + i % 9)} for i in range(20)]
-    (folder / "chat.jsonl").write_text("\n".join(json.dumps(c, ensure_ascii=False) for c in chats), encoding="utf-8")
-    ranked = [{"prompt": f"头痛{i}", "responses": ["甲", "乙", "丙"], "ranks": [1, 0, 1]} for i in range(9)]
-    (folder / "rm.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in ranked), encoding="utf-8")
-    return folder
-
-
-def text_config(source: Path, out: Path, **fields: Any) -> PrepareConfig:
-    files = (str(source / "a.jsonl"), str(source / "b.jsonl"))
-    return PrepareConfig(
-        out=out,
-        data=fields.pop("data", TextConfig(files=files)),
-        tokenizer=TokenizerConfig(path=source / "tokenizer"),
-        shard_chars=fields.pop("shard_chars", 120),
-        **fields,
-    )
-
-
-def content(out: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+from tests.data.preparations import content, text_config
 
 
 def test_shards_hold_the_documents_in_order(source: Path, tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
@@ -181,6 +153,50 @@ def test_another_preparation_needs_another_folder(source: Path, tmp_path: Path) 
         prepare(text_config(source, tmp_path, shard_chars=999))
 
 
+def test_a_preparation_without_a_finished_shard_gives_way_and_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    """As the complaint about a bad record advises: correct the record, or the settings, and run it again."""
+    out, path = tmp_path / "out", tmp_path / "bad.jsonl"
+    path.write_text('{"text": "头痛"}\n{"text": 3}\n', encoding="utf-8")
+    data = TextConfig(files=(str(path),))
+    with pytest.raises(DataError, match="correct the record, or set"):
+        prepare(text_config(source, out, data=data))
+    (out / "shards" / "000007.bin").write_bytes(b"half")
+    skipping = TextConfig(files=data.files, on_bad_record="skip")
+    other = TokenizerConfig(path=source / "tokenizer", special_tokens=("<x>",))
+    config = replace(text_config(source, out, data=skipping), tokenizer=other)
+    assert prepare(config).counts["bad"] == 1
+    prepare(replace(config, out=tmp_path / "whole"))
+    assert content(out) == content(tmp_path / "whole")
+    path.write_text('{"text": "头痛"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match="holds a preparation of other files or settings"):
+        prepare(text_config(source, out, data=data))
+
+
+def test_a_preparation_whose_folder_another_took_ends(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overtaken(*arguments: Any) -> list:
+        monkeypatch.undo()
+        prepare(text_config(source, tmp_path, shard_chars=999))
+        return []
+
+    monkeypatch.setattr(module, "encode_items", overtaken)
+    with pytest.raises(DataError, match="another zj prepare has taken"):
+        prepare(text_config(source, tmp_path))
+    verify([tmp_path])
+
+
+def test_a_tokenizer_of_somebody_else_in_the_folder_is_not_replaced(source: Path, tmp_path: Path) -> None:
+    load_tokenizer(source / "tokenizer", ["<x>"]).save(tmp_path / "tokenizer")
+    before = content(tmp_path)
+    with pytest.raises(DataError, match=rf"^{tmp_path}/tokenizer.* another tokenizer"):
+        prepare(text_config(source, tmp_path))
+    assert content(tmp_path) == before
+    own = TokenizerConfig(path=tmp_path / "tokenizer")
+    prepare(replace(text_config(source, tmp_path), tokenizer=own))
+    assert before.items() <= content(tmp_path).items()
+
+
 def test_full_disk_keeps_finished_shards_and_says_what_to_do(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,93 +216,16 @@ def test_full_disk_keeps_finished_shards_and_says_what_to_do(
     assert not (tmp_path / "manifest.json").exists()
 
 
-def flip(path: Path, byte: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[byte] ^= 1
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize("suffix", [".bin", ".idx", ".units.npy"])
-@pytest.mark.parametrize("kind", ["corpus", "chat"])
-def test_one_flipped_bit_is_refused_by_name_and_preparing_again_mends_it(
-    source: Path, tmp_path: Path, kind: str, suffix: str
-) -> None:
-    data = TextConfig(files=(str(source / "a.jsonl"),)) if kind == "corpus" else chat_config(source)
-    command = text_config(source, tmp_path, data=data)
-    prepare(command)
-    whole = content(tmp_path)
-    tokenizer = load_tokenizer(tmp_path / "tokenizer")
-    config = CorpusConfig(files=(str(tmp_path),)) if kind == "corpus" else chat_config(tmp_path)
-    verify_inputs(config, tokenizer)
-    shard = tmp_path / "shards" / f"000001{suffix}"
-    for byte in (0, shard.stat().st_size // 2, -1):
-        flip(shard, byte)
-        for check in (lambda: verify([tmp_path]), lambda: verify_inputs(config, tokenizer)):
-            with pytest.raises(DataError) as error:
-                check()
-            sidecar = shard.with_name("000001.json")
-            assert str(error.value).startswith(f"{shard} is damaged")
-            assert str(error.value).endswith(f"-> delete {sidecar} and run the same zj prepare again")
-        sidecar.unlink()
-        prepare(command)
-        verify_inputs(config, tokenizer)
-        assert content(tmp_path) == whole
-
-
-def chat_config(path: Path) -> ChatConfig:
-    name = path / "chat.jsonl"
-    return ChatConfig(files=(str(name if name.is_file() else path),), max_length=64)
-
-
-def test_held_out_folders_are_checked_too(source: Path, tmp_path: Path) -> None:
-    for name in ("train", "held_out"):
-        prepare(text_config(source, tmp_path / name, data=chat_config(source)))
-    config = ChatConfig(files=(str(tmp_path / "train"),), validation_files=(str(tmp_path / "held_out"),), max_length=64)
-    tokenizer = load_tokenizer(tmp_path / "train" / "tokenizer")
-    verify_inputs(config, tokenizer)
-    flip(tmp_path / "held_out/shards/000000.bin", 0)
-    with pytest.raises(DataError, match=r"held_out/shards/000000\.bin is damaged"):
-        verify_inputs(config, tokenizer)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 50])
-def test_every_file_is_read_by_one_rank(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
-) -> None:
+def test_a_damaged_sidecar_is_a_shard_to_write_again(source: Path, tmp_path: Path) -> None:
     prepare(text_config(source, tmp_path))
-    shares: list[list[Path]] = [[] for _ in range(world_size)]
-    checksum = prepared.checksum
-    for rank, share in enumerate(shares):
-        monkeypatch.setattr(prepared, "checksum", lambda path, share=share: share.append(path) or checksum(path))
-        verify([tmp_path], rank, world_size)
-    files = sorted(path for path in (tmp_path / "shards").iterdir() if path.suffix != ".json")  # without sidecars
-    assert sorted(path for share in shares for path in share) == files
-    sizes = [sum(path.stat().st_size for path in share) for share in shares]
-    assert max(sizes) - min(sizes) <= max(path.stat().st_size for path in files)
-
-
-def test_a_check_of_seconds_shows_how_far_it_is(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    prepare(text_config(source, tmp_path))
-    verify([tmp_path], progress=True)
-    assert "checking data" not in capsys.readouterr().err
-    monkeypatch.setattr(prepared, "QUIET_SECONDS", 0.0)
-    verify([tmp_path])
-    assert "checking data" not in capsys.readouterr().err
-    verify([tmp_path], progress=True)
-    assert "checking data: 100%" in capsys.readouterr().err
-
-
-def test_a_shard_cut_short_and_a_damaged_manifest_are_refused(source: Path, tmp_path: Path) -> None:
-    prepare(text_config(source, tmp_path))
-    shard = tmp_path / "shards" / "000001.bin"
-    shard.write_bytes(shard.read_bytes()[:-2])
-    with pytest.raises(DataError, match=r"000001\.bin has \d+ bytes, not \d+"):
-        build_stream(CorpusConfig(files=(str(tmp_path),)), load_tokenizer(source / "tokenizer"), 0)
-    (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(DataError, match=r"manifest\.json is damaged"):
-        read_manifest(tmp_path)
+    before = content(tmp_path)
+    path = tmp_path / "shards" / "000001.json"
+    whole = path.read_text(encoding="utf-8")
+    for name in ("bytes", "sha256", "counts", "records", "job", "files"):
+        assert f'"{name}"' in whole
+        path.write_text(whole.replace(f'"{name}"', f'"{name}s"'), encoding="utf-8")
+        prepare(text_config(source, tmp_path))
+        assert content(tmp_path) == before
 
 
 def test_bad_records_stop_at_their_line_or_are_counted(source: Path, tmp_path: Path) -> None:
@@ -317,6 +256,10 @@ def test_command_line_uses_the_names_of_the_configuration(
     assert main([]) == 2
     assert main(["--help"]) == 0
     assert "sharegpt" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"data was set to 5 before"):
+        main(["data=5", *arguments])
+    with pytest.raises(ConfigError, match=r"workers: must be in \[1, 1024\], got 100000000000"):
+        main([*arguments, "workers=100000000000"])
     with pytest.raises(ValueError, match=r"data\.fils: unknown key.*did you mean 'files'"):
         main([*arguments, "data.fils=[x]"])
 
