@@ -20,6 +20,7 @@ from megatron_zj.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_zj.runtime.files import fsync
 
 MANIFEST = "manifest.json"
+SAVING = ".saving"  # in the folder of a save that has not ended: without it and without a manifest, one was lost
 FORMAT = "megatron_zj checkpoint"
 FORMAT_VERSION = 1
 TOKENIZER = "tokenizer"  # folder of the tokenizer inside a checkpoint
@@ -111,6 +112,7 @@ def new_manifest(
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """The last act of a save: from here on the folder counts."""
     write_json(folder / MANIFEST, manifest.to_json())
+    (folder / SAVING).unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -121,9 +123,9 @@ def read_manifest(folder: Path) -> Manifest:
     value = read_json(path, _USE_ANOTHER)
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise CheckpointError(f"{path} was not written by megatron_zj: {_what_it_is(folder)}")
-    if value.get("format_version", 0) > FORMAT_VERSION:
+    if isinstance(number := value.get("format_version"), int) and number > FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {value['format_version']}, this program reads up to {FORMAT_VERSION}; "
+            f"{path} has format version {number}, this program reads up to {FORMAT_VERSION}; "
             "install a newer megatron-zj"
         )
     checksum = value.pop("checksum", None)

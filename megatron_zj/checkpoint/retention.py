@@ -8,12 +8,14 @@ import re
 import shutil
 from pathlib import Path
 
-from megatron_zj.checkpoint.manifest import MANIFEST
+from megatron_zj.checkpoint.errors import CheckpointError
+from megatron_zj.checkpoint.manifest import MANIFEST, SAVING
 from megatron_zj.runtime.files import fsync
 
 log = logging.getLogger(__name__)
 _STEP = re.compile(r"step_(\d{8,})(\.new)?")
 CHECKPOINTS = "checkpoints"  # of a run folder
+ROLES = "roles"  # of a step folder: its models
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -49,6 +51,21 @@ def newest(path: Path) -> Path | None:
     return None
 
 
+def damaged(root: Path) -> list[Path]:
+    """Step folders whose save ended and whose manifest was lost since.  What a killed save leaves is none of them."""
+    steps = sorted(folder for folder in root.iterdir() if _STEP.fullmatch(folder.name)) if root.is_dir() else []
+    lost = [folder for folder in steps if not is_complete(folder) and not (folder / SAVING).exists()]
+    return [folder for folder in lost if (folder / ROLES).is_dir()]  # killed while made or removed, it has none
+
+
+def require_own_name(folder: Path, step: int) -> None:
+    """CheckpointError unless a folder that holds ``step`` is called so: a renamed copy would count as the newest."""
+    if folder.name.removesuffix(".new") != (own := step_folder(folder.parent, step).name):
+        raise CheckpointError(
+            f"{folder} holds step {step}, so it was copied or renamed; move it out of {folder.parent}, or call it {own}"
+        )
+
+
 def begin(root: Path, step: int) -> Path:
     """An empty folder for the checkpoint of ``step``; a complete one of the same step is left in place."""
     root.mkdir(parents=True, exist_ok=True)
@@ -60,6 +77,8 @@ def begin(root: Path, step: int) -> Path:
         folder = second
     remove(folder)
     folder.mkdir()
+    (folder / SAVING).touch()
+    fsync(folder)
     fsync(root)
     return folder
 
@@ -75,10 +94,12 @@ def promote(folder: Path) -> Path:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint, manifest first: interrupted, what is left does not count."""
+    """Delete a checkpoint, manifest first, then the models: interrupted, what is left does not count."""
     with contextlib.suppress(FileNotFoundError):
         (folder / MANIFEST).unlink()
         fsync(folder)
+    if (folder / ROLES).exists():
+        shutil.rmtree(folder / ROLES)
     if folder.exists():
         shutil.rmtree(folder)
 

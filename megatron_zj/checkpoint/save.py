@@ -35,7 +35,7 @@ from megatron_zj.parallel.groups import ParallelGroups, placement_world
 from megatron_zj.runtime.files import fsync
 
 log = logging.getLogger(__name__)
-ROLES, ALGORITHM, COMMON = "roles", "algorithm", "common"
+ROLES, ALGORITHM, COMMON = retention.ROLES, "algorithm", "common"
 EXTRA_STATE = "._extra_state"  # end of the key of what a module adds to its tensors; None but for FP8
 _VISIBLE_SECONDS = 120.0  # how long a file of another node may stay invisible on a shared file system
 

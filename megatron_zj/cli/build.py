@@ -16,10 +16,10 @@ from megatron_zj.algorithms.provenance import require_head
 from megatron_zj.algorithms.registry import BUILDERS, Parts
 from megatron_zj.algorithms.rules import chosen_rules
 from megatron_zj.algorithms.shaping import ScoreScale
-from megatron_zj.checkpoint.errors import gather
+from megatron_zj.checkpoint.errors import CheckpointError, gather
 from megatron_zj.checkpoint.load import agreed_newest, load
-from megatron_zj.checkpoint.manifest import ManifestInfo
-from megatron_zj.checkpoint.retention import CHECKPOINTS
+from megatron_zj.checkpoint.manifest import MANIFEST, ManifestInfo
+from megatron_zj.checkpoint.retention import CHECKPOINTS, damaged
 from megatron_zj.checkpoint.save import Checkpointer, make_room
 from megatron_zj.checkpoint.shared import require_shared
 from megatron_zj.cli.sources import require_position, require_resumable, starting_checkpoints
@@ -98,8 +98,16 @@ def build_run(config: RunConfig, process: Process) -> Run:
 
 
 def find_own_checkpoint(config: RunConfig, root: Path) -> Path | None:
-    """What the run goes on from; ConfigError when ``checkpoint.resume`` does not fit it.  Collective over the world."""
+    """What the run goes on from; Collective over the world.
+
+    ConfigError when ``checkpoint.resume`` does not fit it; CheckpointError when the only ones have lost their manifest.
+    """
     found, resume = agreed_newest(root), config.checkpoint.resume
+    if found is None and (lost := gather(damaged(root))[0]):
+        raise CheckpointError(
+            f"{lost[-1]} is a checkpoint that has lost its {MANIFEST}, and there is no other below {root}: put the "
+            "file back, or, to start anew, choose another run.dir or remove that folder"
+        )
     if found is None and resume == "must":
         raise ConfigError([f"checkpoint.resume: 'must', but there is no complete checkpoint below {root}"])
     if found is not None and resume == "never":  # two runs' steps in one folder: the older run's would count as newest

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_zj.checkpoint.errors import CheckpointError, everywhere, gather, this_rank
 from megatron_zj.checkpoint.load import files_of, newest, require_fit
 from megatron_zj.checkpoint.manifest import Manifest, read_manifest, verify
+from megatron_zj.checkpoint.retention import require_own_name
 from megatron_zj.config import derived
 from megatron_zj.config.loader import ConfigError
 from megatron_zj.config.model import HeadKind, ModelConfig
@@ -56,7 +57,9 @@ def require_resumable(config: RunConfig, folder: Path, fingerprint: str) -> None
     with everywhere(f"looking at the checkpoint {folder}"):
         if this_rank() == 0:
             wanted = {name: _wanted(config, name) for name in config.algorithm.role_kinds}
-            _require(folder, read_manifest(folder), wanted, {}, fingerprint, weights_only=False)
+            manifest = read_manifest(folder)
+            require_own_name(folder, manifest.step)
+            _require(folder, manifest, wanted, {}, fingerprint, weights_only=False)
 
 
 def require_position(stream: Stream, state: Mapping[str, Any]) -> None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from megatron_zj.checkpoint.errors import gather
+from megatron_zj.checkpoint.lock import OTHER_HOST_SECONDS, alone
 from megatron_zj.checkpoint.retention import CHECKPOINTS, newest
 from megatron_zj.checkpoint.save import require_room
 from megatron_zj.cli.build import build_run
@@ -14,6 +19,7 @@ from megatron_zj.cli.compose import compose_run, experiments, load_frozen, save_
 from megatron_zj.cli.main import guarded
 from megatron_zj.config.checks import require
 from megatron_zj.config.derived import engine_of, head_of, is_trained, roles
+from megatron_zj.config.loader import ConfigError, to_dict
 from megatron_zj.config.run import RunConfig
 from megatron_zj.models.flops import checkpoint_bytes
 from megatron_zj.runtime.distributed import Process, session, world_size_of_environment
@@ -44,14 +50,47 @@ def main(argv: Sequence[str]) -> int:
 
 def train(config: RunConfig, process: Process) -> None:
     """One run, from the first log line to the last checkpoint.  Collective over the world."""
-    setup(process, config.run.dir)
-    built = build_run(config, process)
-    if built.algorithm.num_steps_done < config.run.num_steps:
-        with process.activity.doing("looking for room"):
-            require_room(config.run.dir / CHECKPOINTS, _checkpoint_bytes(config))
-    if process.rank == 0:  # now that nothing was refused: the file may be an earlier run's
-        save_frozen(config, config.run.dir / "config.yaml")
-    run(built.algorithm, config.run.num_steps, built.callbacks, built.timers, built.describe, built.profiler)
+    with process.activity.doing("comparing the settings of all ranks"):
+        require_same(config)
+    with contextlib.ExitStack() as held:
+        with process.activity.doing(f"locking {config.run.dir}"):
+            held.enter_context(alone(config.run.dir, min(OTHER_HOST_SECONDS, config.run.timeout_seconds / 2)))
+        log = setup(process, config.run.dir)
+        built = build_run(config, process)
+        done, wanted = built.algorithm.num_steps_done, config.run.num_steps
+        if done < wanted:
+            with process.activity.doing("looking for room"):
+                require_room(config.run.dir / CHECKPOINTS, _checkpoint_bytes(config))
+            if process.rank == 0:  # now that nothing was refused: the file may be an earlier run's
+                save_frozen(config, config.run.dir / "config.yaml")
+        else:
+            log.info("nothing to do: the run ended at step %d; raise run.num_steps to train on", done)
+        run(built.algorithm, wanted, built.callbacks, built.timers, built.describe, built.profiler)
+
+
+def require_same(config: RunConfig) -> None:
+    """Every rank has this configuration, or ConfigError on all, with the keys that differ.  Collective over the world.
+
+    Otherwise replicas drift apart in silence, or a rank waits for a step that another will never make.
+    """
+    first, *others = (dict(_settings(tree)) for tree in gather(to_dict(config)))
+    for rank, other in enumerate(others, 1):
+        wrong = [
+            f"{key}: {other.get(key, 'absent')} on rank {rank}, {first.get(key, 'absent')} on rank 0"
+            for key in {**first, **other}
+            if first.get(key) != other.get(key)
+        ]
+        if wrong:
+            raise ConfigError(["the ranks have different settings; start all with the same command line:", *wrong])
+
+
+def _settings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every setting by its dotted key, as JSON."""
+    if isinstance(value, dict) and value:
+        for name, item in value.items():
+            yield from _settings(item, f"{key}.{name}" if key else name)
+    else:
+        yield key, json.dumps(value, ensure_ascii=False)
 
 
 def _checkpoint_bytes(config: RunConfig) -> int:

@@ -48,6 +48,12 @@ def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 
 
+def _retype(path: Path) -> None:
+    text = path.read_text()
+    path.write_text(text.replace('"format_version": 1', '"format_version": "2"'))
+    assert path.read_text() != text
+
+
 DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "flipped bit in weights": (f"{ROLE}/model_00001.distcp", _flip, "damaged: its SHA-256"),
     "missing optimizer": (f"{ROLE}/optimizer_00000.distcp", Path.unlink, "is missing"),
@@ -57,6 +63,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "missing algorithm state": ("algorithm.safetensors", Path.unlink, "is missing"),
     "flipped bit in the tokenizer": ("tokenizer/tokenizer.model", _flip, "damaged: its SHA-256"),
     "flipped bit in the manifest": ("manifest.json", _flip, "damaged"),
+    "a version that is no number": ("manifest.json", _retype, "damaged"),
     "no manifest": ("manifest.json", Path.unlink, "its save was interrupted"),
 }
 

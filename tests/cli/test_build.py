@@ -108,11 +108,14 @@ def test_the_log_names_every_role_and_the_weights_it_got(world: Path) -> None:
     assert [path.name for path in (world / "roles/profile").iterdir()] == ["step_00000002_rank_00000.json.gz"]
 
 
-def test_a_finished_run_started_again_does_nothing_and_ends_well(world: Path) -> None:
-    outcome = zj(train_argv("sft", world, "sft", run__num_steps=1))
+def test_a_finished_run_started_again_does_nothing_says_so_and_ends_well(world: Path) -> None:
+    frozen = (world / "sft/config.yaml").read_bytes()
+    outcome = zj(train_argv("sft", world, "sft", run__num_steps=1, optim__lr=5))
     assert outcome.code == 0
     assert "resuming from" in outcome.output
+    assert "nothing to do: the run ended at step 1; raise run.num_steps to train on" in outcome.output
     assert "step 1/1" not in outcome.output
+    assert (world / "sft/config.yaml").read_bytes() == frozen  # what the weights were trained with
 
 
 def test_a_healthy_run_on_two_ranks_prints_its_own_lines_and_no_librarys_warnings(world: Path) -> None:
