@@ -12,9 +12,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from megatron_zj.cli.compose import frozen_text, load_frozen, parse_overrides, save_frozen
+from hydra.core.override_parser.types import Glob, Override
+from hydra.errors import HydraException
+
+from megatron_zj.cli.compose import frozen_text, load_frozen, options_of, parse_overrides, save_frozen
 from megatron_zj.config.loader import ConfigError
 from megatron_zj.config.run import RunConfig
 from megatron_zj.runtime.files import write_json
@@ -54,10 +57,12 @@ class Job:
 
     @classmethod
     def read(cls, folder: Path) -> Job:
-        """A job of a sweep that was frozen before."""
-        config = load_frozen(folder / "config.yaml")
-        overrides = tuple(json.loads((folder / "overrides.json").read_text(encoding="utf-8")))
-        return cls(0, overrides, config, config.world_size or 1, folder, swept=True)
+        """A job of a sweep that was frozen before.  Raises ``ConfigError`` and ``OSError``."""
+        config, path = load_frozen(folder / "config.yaml"), folder / "overrides.json"
+        overrides = _json(path)
+        if not isinstance(overrides, list) or not all(isinstance(text, str) for text in overrides):
+            raise ConfigError([f"{path}: not a list of overrides; remove the job's folder and start the sweep again"])
+        return cls(0, tuple(overrides), config, config.world_size or 1, folder, swept=True)
 
     @property
     def name(self) -> str:
@@ -66,17 +71,30 @@ class Job:
 
 
 def expand(overrides: Sequence[str]) -> list[tuple[str, ...]]:
-    """Every combination of the sweeps (``a=1,2``, ``range(1,4)``, ``choice(x,y)``), last one fastest."""
-    axes: list[list[str]] = []
-    for override in parse_overrides(overrides):
-        if override.is_sweep_override():
-            if not override.is_discrete_sweep():
-                raise ConfigError([f"{override.input_line!r}: only lists, choice(), range() and glob() can be swept"])
-            key = override.get_key_element()
-            axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        else:
-            axes.append([str(override.input_line)])
+    """Every combination of the sweeps (``a=1,2``, ``range(1,4)``, ``choice(x,y)``, ``experiment=glob(debug/*)``), last
+    one fastest.  Raises ``ConfigError``, also for a sweep without a value.
+    """
+    axes = [_axis(override) for override in parse_overrides(overrides)]
     return [tuple(point) for point in itertools.product(*axes)]
+
+
+def _axis(override: Override) -> list[str]:
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    if not override.is_discrete_sweep():
+        raise ConfigError([f"{override.input_line!r}: only lists, choice(), range() and glob() can be swept"])
+    chosen = override.value()
+    try:
+        if isinstance(chosen, Glob):
+            values = chosen.filter(options_of(override.key_or_group))
+        else:
+            values = list(override.sweep_string_iterator())
+    except (HydraException, ValueError) as error:  # range() with a step of 0
+        raise ConfigError([f"{override.input_line!r}: {error}"]) from None
+    if not values:
+        what = f"matches no option of conf/{override.key_or_group}" if isinstance(chosen, Glob) else "has no value"
+        raise ConfigError([f"{override.input_line!r}: this sweep {what}"])
+    return [f"{override.get_key_element()}={value}" for value in values]
 
 
 def freeze(job: Job) -> None:
@@ -91,12 +109,23 @@ def freeze(job: Job) -> None:
 
 
 def read_state(folder: Path) -> State | None:
-    """How a job stands; None before it was ever launched."""
+    """How a job stands; None before it was ever launched, and where ``status.json`` is damaged."""
+    return _read_status(folder).get("state")
+
+
+def _read_status(folder: Path) -> dict[str, Any]:
+    path = folder / "status.json"
+    status = _json(path) if path.exists() else None
+    return status if isinstance(status, dict) and status.get("state") in get_args(State) else {}
+
+
+def _json(path: Path) -> object:
+    """What the file holds; None where that is not JSON."""
     try:
-        state: State = json.loads((folder / "status.json").read_text(encoding="utf-8"))["state"]
-    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+        value: object = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
         return None
-    return state
+    return value
 
 
 def write_state(job: Job, state: State, **more: Any) -> None:
@@ -158,10 +187,10 @@ def table(jobs: Sequence[Job]) -> str:
     width = max(len(job.name) for job in jobs)
     lines = [f"{'job':<{width}}  state        exit  seconds"]
     for job in jobs:
-        state = read_state(job.folder) or "waiting"
-        status = json.loads((job.folder / "status.json").read_text(encoding="utf-8")) if state != "waiting" else {}
-        code, seconds = status.get("exit_code", "-"), status.get("seconds", "-")
-        lines.append(f"{job.name:<{width}}  {state:<11}  {code!s:>4}  {seconds!s:>7}")
+        status = {"state": "waiting", "exit_code": "-", "seconds": "-", **_read_status(job.folder)}
+        lines.append(
+            f"{job.name:<{width}}  {status['state']:<11}  {status['exit_code']!s:>4}  {status['seconds']!s:>7}"
+        )
     for job in jobs:
         if read_state(job.folder) == "failed":
             lines += [f"FAILED {job.name}: {' '.join(job.overrides)}", *_tail(job.folder / "output.log")]

@@ -8,6 +8,7 @@ A failing job does not stop the others.
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from megatron_zj.cli.compose import compose_run, experiments, load_frozen
+from megatron_zj.cli.compose import compose_run, experiments, load_frozen, parse_overrides
 from megatron_zj.cli.jobs import Job, expand, freeze, job_name, read_state, run_job, table, torchrun_command
 from megatron_zj.cli.main import entry
 from megatron_zj.cli.slurm import Allocation, write_sbatch
@@ -24,6 +25,15 @@ from megatron_zj.config.loader import ConfigError
 from megatron_zj.config.run import RunConfig
 
 TRAIN = ("-m", "megatron_zj.cli.train", "--config")  # what torchrun runs; the configuration's path follows
+SLURM: dict[str, object] = {  # options that --slurm alone takes -> what holds where they are not given
+    "nodes": 1,
+    "gpus_per_node": 8,
+    "cpus_per_rank": None,
+    "time": "24:00:00",
+    "partition": None,
+    "account": None,
+    "parallel_jobs": 8,
+}
 
 
 def main(argv: Sequence[str], train: Sequence[str] = TRAIN) -> int:
@@ -60,6 +70,27 @@ def main(argv: Sequence[str], train: Sequence[str] = TRAIN) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options, whole; an option that would have no effect is refused."""
+    parser = _parser()
+    options = parser.parse_intermixed_args(list(argv))
+    if options.config is not None and (options.overrides or options.multirun):
+        parser.error("--config is a whole configuration; it takes no overrides and no --multirun")
+    if options.dir is not None and not (options.multirun or options.slurm):
+        parser.error("--dir is for --multirun and --slurm; a lone run's folder is run.dir=...")
+    given = [name for name in SLURM if getattr(options, name) is not None]
+    if given and not options.slurm:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        parser.error(f"{flags}: for --slurm alone; a run here is on one node, with world_size or --nproc ranks")
+    for name in SLURM.keys() - set(given):
+        setattr(options, name, SLURM[name])
+    if options.dir is None:
+        chosen = [text.partition("=")[2] for text in options.overrides if text.startswith("experiment=")]
+        is_one = len(chosen) > 0 and re.fullmatch(r"[\w./-]+", chosen[0])  # no sweep of experiments
+        options.dir = Path("runs/sweeps") / (chosen[0] if is_one else "sweep")
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="zj launch", description="Run configurations under torchrun.", epilog=experiments()
     )
@@ -76,35 +107,24 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="N",
         help="times torchrun restarts dead workers",
     )
-    parser.add_argument("--dir", type=Path, help="folder of a sweep's jobs; default runs/sweeps/<experiment>")
+    parser.add_argument(
+        "--dir", type=Path, help="folder of the jobs of --multirun or --slurm; default runs/sweeps/<experiment>"
+    )
     parser.add_argument("--dry-run", action="store_true", help="compose, check, and print the commands")
     parser.add_argument("--no-files", action="store_true", help="do not look for input files (they are elsewhere)")
     parser.add_argument("--status", type=Path, metavar="DIR", help="print how the jobs of a sweep stand, and end")
     slurm = parser.add_argument_group("SLURM")
     slurm.add_argument("--slurm", action="store_true", help="write one sbatch array instead of running")
-    slurm.add_argument(
-        "--nodes", type=_count, default=1, metavar="N", help="nodes a job; world_size is shared among them"
-    )
-    slurm.add_argument(
-        "--gpus-per-node", type=_count, default=8, metavar="N", help="GPUs a node has; a job may ask for fewer"
-    )
+    slurm.add_argument("--nodes", type=_count, metavar="N", help="nodes a job (1); world_size is shared among them")
+    slurm.add_argument("--gpus-per-node", type=_count, metavar="N", help="GPUs a node has (8); a job may ask for fewer")
     slurm.add_argument(
         "--cpus-per-rank", type=_count, metavar="N", help="cores a rank asks for; default 4 with a GPU, 1 without"
     )
-    slurm.add_argument("--time", default="24:00:00", help="time limit of a job")
+    slurm.add_argument("--time", help=f"time limit of a job ({SLURM['time']})")
     slurm.add_argument("--partition", help="SLURM partition")
     slurm.add_argument("--account", help="SLURM account")
-    slurm.add_argument(
-        "--parallel-jobs", type=_count, default=8, metavar="N", help="jobs of the array at the same time"
-    )
-    options = parser.parse_intermixed_args(list(argv))
-    if options.config is not None and (options.overrides or options.multirun):
-        parser.error("--config is a whole configuration; it takes no overrides and no --multirun")
-    if options.dir is None:
-        chosen = [text.partition("=")[2] for text in options.overrides if text.startswith("experiment=")]
-        name = chosen[0] if chosen and "," not in chosen[0] else "sweep"
-        options.dir = Path("runs/sweeps") / name
-    return options
+    slurm.add_argument("--parallel-jobs", type=_count, metavar="N", help="jobs of the array at the same time (8)")
+    return parser
 
 
 def _count(text: str, least: int = 1) -> int:
@@ -121,6 +141,8 @@ def _plan(options: argparse.Namespace) -> list[Job]:
     else:
         points = expand(options.overrides) if options.multirun else [tuple(options.overrides)]
     one_folder = not (options.multirun or options.slurm)
+    if not one_folder and any(override.key_or_group == "run.dir" for override in parse_overrides(options.overrides)):
+        raise ConfigError(["run.dir: every job of --multirun or --slurm has its own folder; give --dir for them all"])
     fixed = set(points[0]).intersection(*points)
     jobs, problems = [], []
     for index, point in enumerate(points):

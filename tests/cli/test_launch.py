@@ -156,8 +156,82 @@ def test_sweeps_follow_hydras_grammar() -> None:
     ]
     assert expand(["a=[1,2]", "b='x,y'"]) == [("a=[1,2]", "b='x,y'")]
     assert [compose_run(point).data.files for point in expand(["data.files=[甲],[乙]"])] == [("甲",), ("乙",)]
-    with pytest.raises(ConfigError, match="can be swept"):
-        expand(["a=interval(0,1)"])
+    assert expand(["experiment=glob([debug/p*,demo/sft],exclude=debug/ppo)"]) == [
+        ("experiment=debug/pretrain",),
+        ("experiment=demo/sft",),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("axis", "complaint"),
+    [
+        ("run.seed=range(1,1)", "this sweep has no value"),
+        ("run.seed=range(3,1)", "this sweep has no value"),
+        ("run.seed=range(1,2,0)", "must not be zero"),
+        ("optim.lr=range(0.1,0.2,0.0)", "Invalid range values"),
+        ("optim.lr=interval(0,1)", "can be swept"),
+        ("experiment=glob(debug/x*)", "this sweep matches no option of conf/experiment"),
+        ("optim.lr=glob(*)", "this sweep matches no option of conf/optim.lr"),
+    ],
+)
+def test_a_sweep_without_values_is_named(axis: str, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        main(["--multirun", "--no-files", "experiment=debug/sft", axis])
+    assert repr(axis) in str(caught.value)
+
+
+def test_a_sweep_over_experiments_has_the_folder_of_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-m", "--no-files", "--dry-run", "experiment=glob(debug/p*)"]) == 0
+    shown = capsys.readouterr().out
+    assert "runs/sweeps/sweep/000_experiment=debug_ppo/" in shown
+    assert "runs/sweeps/sweep/001_experiment=debug_pretrain/" in shown
+
+
+@pytest.mark.parametrize("words", [["--multirun", "run.seed=1,2"], ["--slurm"]])
+@pytest.mark.parametrize("override", ["run.dir=mine", "++run.dir=mine"])
+def test_run_dir_is_refused_where_jobs_have_folders_of_their_own(
+    words: list[str], override: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"run\.dir: .* give --dir"):
+        main([*words, *DEBUG, override, "--dir", str(tmp_path / "jobs")])
+    assert not (tmp_path / "jobs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--dir=x"], "a lone run's folder is run.dir=..."),
+        (["--nodes=8"], "--nodes: for --slurm alone"),
+        (["--nodes=1", "--time=24:00:00", "--gpus-per-node=8"], "--nodes, --gpus-per-node, --time: for --slurm alone"),
+        (["-m", "--partition=a", "--account=b"], "--partition, --account: for --slurm alone"),
+        (["-m", "--cpus-per-rank=4", "--parallel-jobs=8"], "--cpus-per-rank, --parallel-jobs: for --slurm alone"),
+    ],
+)
+def test_an_option_without_effect_is_refused(
+    words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--dry-run", *DEBUG, *words])
+    assert ended.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["[]", "5", "nope", '{"state": []}', '{"seconds": 1}', "\0"])
+def test_a_damaged_status_counts_as_waiting(damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["-m", "--slurm", *DEBUG, "run.seed=1,2", "--dir", str(tmp_path)])
+    (tmp_path / "000_run.seed=1/status.json").write_text(damage)
+    assert main(["--status", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count(" waiting ") == 2
+
+
+@pytest.mark.parametrize("damage", ["5", "nope", '"run.seed=1"', "[1]", "{}"])
+def test_damaged_overrides_of_a_job_are_named(damage: str, tmp_path: Path) -> None:
+    main(["-m", "--slurm", *DEBUG, "run.seed=1,2", "--dir", str(tmp_path)])
+    path = tmp_path / "001_run.seed=2" / "overrides.json"
+    path.write_text(damage)
+    with pytest.raises(ConfigError) as caught:
+        main(["--status", str(tmp_path)])
+    assert str(caught.value).startswith(f"{path}: not a list of overrides")
 
 
 def test_a_dry_run_prints_the_whole_command_and_writes_nothing(
