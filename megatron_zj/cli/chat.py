@@ -33,8 +33,14 @@ def main(argv: Sequence[str]) -> int:
 def talk(model: LoadedModel, sampling: SamplingConfig, source: TextIO, screen: TextIO) -> None:
     """Read a line, answer it, keep both; until the source ends.
 
-    When the conversation outgrows the model's positions its oldest turns are dropped, and the screen says so.
+    When the conversation outgrows the model's positions its oldest turns are dropped, and the screen says so.  Raises
+    ConfigError where no question would have room.
     """
+    positions = model.info.model.max_position_embeddings
+    room = positions - sampling.max_new_tokens
+    if len(render_prompt([Message("user", "?")], model.template, model.tokenizer)) > room:
+        used = f"{sampling.max_new_tokens} of the model's {positions} positions"
+        raise ConfigError([f"sampling.max_new_tokens: {used} leave no room for a question; lower it"])
     screen.write(NOTICE)
     messages: list[Message] = []
     while True:
@@ -51,12 +57,11 @@ def talk(model: LoadedModel, sampling: SamplingConfig, source: TextIO, screen: T
             continue
         messages.append(Message("user", line.strip()))
         prompt = render_prompt(messages, model.template, model.tokenizer)
-        while len(prompt) + sampling.max_new_tokens > model.info.model.max_position_embeddings and len(messages) > 2:
+        while len(prompt) > room and len(messages) > 2:
             messages = messages[2:]
             prompt = render_prompt(messages, model.template, model.tokenizer)
             screen.write("(the first turns no longer fit and are forgotten)\n")
-        if len(prompt) + sampling.max_new_tokens > model.info.model.max_position_embeddings:
-            room = model.info.model.max_position_embeddings - sampling.max_new_tokens
+        if len(prompt) > room:
             screen.write(f"(not sent: that is {len(prompt)} tokens, and there is room for {room})\n")
             messages.pop()
             continue

@@ -12,15 +12,16 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_zj.cli.inference import LoadedModel, compose_inference, help_text, wants_help
+from megatron_zj.cli.inference import LoadedModel, OverlongError, compose_inference, help_text, wants_help
 from megatron_zj.cli.main import guarded
 from megatron_zj.config.inference import EvaluationConfig, Suite
 from megatron_zj.config.loader import ConfigError
 from megatron_zj.config.sampling import SamplingConfig
-from megatron_zj.data.raw import read_raw
+from megatron_zj.data.raw import raw_files, read_raw
 from megatron_zj.evaluation.attitudes import (
     CAMI_ITEMS,
     CAMI_OPTIONS,
@@ -65,8 +66,8 @@ def main(argv: Sequence[str]) -> int:
 
 def plan_suites(config: EvaluationConfig) -> dict[Suite, list[Path]]:
     """Which files each suite reads.  Raises ConfigError where that is not clear, or a file is missing."""
-    files = [Path(name) for name in config.data.files]
-    problems = [f"data.files: {path} is no file that exists" for path in files if not path.is_file()]
+    files = config.data.files  # or folders
+    problems = [f"data.files: {name} does not exist" for name in files if not Path(name).exists()]
     if not files:
         problems.append("data.files: nothing to evaluate on; give data.files=[FILE,...]")
     if not config.suites:
@@ -78,8 +79,8 @@ def plan_suites(config: EvaluationConfig) -> dict[Suite, list[Path]]:
         raise ConfigError(problems)
     suites = config.suites * len(files) if len(config.suites) == 1 else config.suites
     plan: dict[Suite, list[Path]] = {}
-    for suite, path in zip(suites, files, strict=True):
-        plan.setdefault(suite, []).append(path)
+    for suite, name in zip(suites, files, strict=True):
+        plan.setdefault(suite, []).extend(map(Path, raw_files([name])))
     return plan
 
 
@@ -89,9 +90,9 @@ def evaluate(config: EvaluationConfig, plan: dict[Suite, list[Path]], process: P
     model = LoadedModel(config, process, untrained=config.untrained)
     reference = _load_reference(config, model, process)
     results: dict[Suite, Json] = {}
-    for suite, items in read.items():
+    for suite, (items, places) in read.items():
         with process.activity.doing(f"evaluate {suite}"):
-            results[suite] = _ask(model, reference, config, suite, items)
+            results[suite] = _ask(model, reference, config, suite, items, places)
             if config.against is not None:
                 results[suite] |= _contest(config.against, suite, results[suite], config.margin)
         if process.rank == 0:
@@ -162,13 +163,15 @@ def _contest(against: Path, suite: Suite, result: Json, margin: float) -> Json:
     return {"win": shares.win, "tie": shares.tie, "loss": shares.loss, "against": str(path)}
 
 
-def _read(config: EvaluationConfig, suite: Suite, files: Sequence[Path]) -> list[Any]:
-    """The items of a suite, at most ``limit`` of them; a scale has no part to ask alone."""
+def _read(config: EvaluationConfig, suite: Suite, files: Sequence[Path]) -> tuple[list[Any], list[str]]:
+    """The items of a suite, at most ``limit`` of them, and where they are; a scale has no part to ask alone."""
     policy, names = config.data.on_bad_record, [str(path) for path in files]
+    items: list[Any] = []
+    places: list[str] = []
     if suite == "preference":
-        items: list[Any] = read_raw(names, "preference", config.data.format, policy)
+        items += read_raw(names, "preference", config.data.format, policy, places)
     elif suite == "dialogue":
-        items = read_raw(names, "chat", config.data.format, policy)
+        items += read_raw(names, "chat", config.data.format, policy, places)
     else:
         clinic = load_clinic()
         readers: dict[Suite, Callable[[Path], list[Any]]] = {
@@ -179,30 +182,36 @@ def _read(config: EvaluationConfig, suite: Suite, files: Sequence[Path]) -> list
             "cami": lambda path: read_items(path, CAMI_ITEMS),
             "mica": lambda path: read_items(path, MICA_ITEMS),
         }
-        items = [item for path in files for item in readers[suite](path)]
-    return items[: config.limit] if config.limit and suite not in ("cami", "mica") else items
+        for path in files:
+            found = readers[suite](path)
+            items += found
+            places += [f"{path}, item {number}" for number in range(1, len(found) + 1)]
+    last = config.limit if config.limit and suite not in ("cami", "mica") else None
+    return items[:last], places[:last]
 
 
-def _exam(model: LoadedModel, items: list[Any]) -> Json:
-    return dataclasses.asdict(take_exam(items, _codec(model), model.option_logprobs))
+def _exam(model: LoadedModel, items: list[Any], places: Sequence[str]) -> Json:
+    return dataclasses.asdict(take_exam(items, _codec(model), partial(model.option_logprobs, places=places)))
 
 
-def _preference(model: LoadedModel, ranked: list[Any]) -> Json:
+def _preference(model: LoadedModel, ranked: list[Any], places: Sequence[str]) -> Json:
     codec = _codec(model)
     rows = [codec.dialogue([*record.prompt, *response]) for record in ranked for response in record.responses]
-    groups = grouped(model.scores(rows), [record.dense_ranks() for record in ranked], [len(row) for row in rows])
+    groups = grouped(
+        model.scores(rows, places), [record.dense_ranks() for record in ranked], [len(row) for row in rows]
+    )
     return dataclasses.asdict(rate(groups))
 
 
-def _cami(model: LoadedModel, items: list[Any]) -> Json:
-    letters = answer_scale(items, CAMI_OPTIONS, _codec(model), model.option_logprobs)
+def _cami(model: LoadedModel, items: list[Any], places: Sequence[str]) -> Json:
+    letters = answer_scale(items, CAMI_OPTIONS, _codec(model), partial(model.option_logprobs, places=places))
     result = score_cami(letters)
     whole = {"num_unanswered": result.num_unanswered, "constant": result.constant, "letters": "".join(letters)}
     return {**result.subscales, **whole}
 
 
-def _mica(model: LoadedModel, items: list[Any]) -> Json:
-    letters = answer_scale(items, MICA_OPTIONS, _codec(model), model.option_logprobs)
+def _mica(model: LoadedModel, items: list[Any], places: Sequence[str]) -> Json:
+    letters = answer_scale(items, MICA_OPTIONS, _codec(model), partial(model.option_logprobs, places=places))
     return {**dataclasses.asdict(score_mica(letters)), "letters": "".join(letters)}
 
 
@@ -224,7 +233,7 @@ def _ner(codec: Codec, generate: Generate, sentences: list[Any]) -> Json:
     return dataclasses.asdict(take_ner(sentences, codec, generate))
 
 
-READ: dict[Suite, Callable[[LoadedModel, list[Any]], Json]] = {  # the model reads what is written
+READ: dict[Suite, Callable[[LoadedModel, list[Any], Sequence[str]], Json]] = {  # the model reads what is written
     "exam": _exam,
     "preference": _preference,
     "cami": _cami,
@@ -235,6 +244,12 @@ ANSWERED: dict[Suite, Callable[[Codec, Generate, list[Any]], Json]] = {  # it wr
     "safety": _safety,
     "dialogue": _dialogue,
     "ner": _ner,
+}
+_ROWS: dict[Suite, Callable[[Any], int]] = {  # rows that the model reads of an item, where it is not one
+    "exam": lambda item: len(item.options),
+    "preference": lambda record: len(record.responses),
+    "cami": lambda item: len(CAMI_OPTIONS),
+    "mica": lambda item: len(MICA_OPTIONS),
 }
 _OF_RECORDS: tuple[Suite, ...] = ("exam", "clinic", "safety", "dialogue", "preference")
 ITEM_SCORES: dict[Suite, Callable[[Json], list[float]]] = {
@@ -250,12 +265,12 @@ def _codec(model: LoadedModel) -> Codec:
 class _Answers:
     """A model's sampled answers as text; their ids are kept, to measure the KL on these very answers."""
 
-    def __init__(self, model: LoadedModel, sampling: SamplingConfig) -> None:
-        self.model, self.sampling = model, sampling
+    def __init__(self, model: LoadedModel, sampling: SamplingConfig, places: Sequence[str]) -> None:
+        self.model, self.sampling, self.places = model, sampling, places
         self.drawn: list[tuple[Ids, Ids]] = []  # prompt, answer
 
     def __call__(self, prompts: Sequence[Ids]) -> list[tuple[str, bool]]:
-        found = self.model.continuations(prompts, self.sampling)
+        found = self.model.continuations(prompts, self.sampling, places=self.places)
         self.drawn += [(prompt, ids) for prompt, (ids, _ended) in zip(prompts, found, strict=True)]
         return [(self.model.text(ids), ended) for ids, ended in found]
 
@@ -266,13 +281,29 @@ class _Answers:
 
 
 def _ask(
-    model: LoadedModel, reference: LoadedModel | None, config: EvaluationConfig, suite: Suite, items: list[Any]
+    model: LoadedModel,
+    reference: LoadedModel | None,
+    config: EvaluationConfig,
+    suite: Suite,
+    items: list[Any],
+    places: list[str],
 ) -> Json:
-    """One suite's result."""
-    if suite in READ:
-        return READ[suite](model, items)
-    answers = _Answers(model, config.sampling)
-    result = ANSWERED[suite](_codec(model), answers, items)
+    """One suite's result.  Items without room in the model are an error, or left out as ``data.on_bad_record`` says."""
+    rows = [index for index, item in enumerate(items) for _ in range(_ROWS.get(suite, lambda item: 1)(item))]
+    where = [places[index] for index in rows]
+    try:
+        if suite in READ:
+            return READ[suite](model, items, where)
+        answers = _Answers(model, config.sampling, where)
+        result = ANSWERED[suite](_codec(model), answers, items)
+    except OverlongError as error:
+        overlong = {rows[row] for row in error.rows}
+        if config.data.on_bad_record == "error" or suite not in _OF_RECORDS or len(overlong) == len(items):
+            raise
+        logger.warning("%s: left out %d items, such as: %s", suite, len(overlong), error)
+        kept = [index for index in range(len(items)) if index not in overlong]
+        kept_items, kept_places = [items[index] for index in kept], [places[index] for index in kept]
+        return _ask(model, reference, config, suite, kept_items, kept_places)
     return result if reference is None else result | answers.kl_to(reference)
 
 

@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from megatron_zj.cli.inference import LoadedModel, compose_inference, help_text, wants_help
+from megatron_zj.cli.inference import LoadedModel, OverlongError, compose_inference, help_text, wants_help
 from megatron_zj.cli.main import guarded
 from megatron_zj.config.inference import GenerationConfig
 from megatron_zj.config.loader import ConfigError
@@ -30,6 +30,8 @@ def main(argv: Sequence[str]) -> int:
     config = compose_inference(argv, GenerationConfig)
     if not config.data.files:
         raise ConfigError(["data.files: no prompts; give data.files=[FILE,...]"])
+    if (written := config.run.dir / ANSWERS).exists():
+        raise ConfigError([f"run.dir: {written} is there already; give another folder, or move that file away"])
     with session(config.run.device, config.run.timeout_seconds) as process:
         setup(process, config.run.dir)
         generate_answers(config, process)
@@ -49,7 +51,15 @@ def generate_answers(config: GenerationConfig, process: Process) -> None:
     def show(done: int) -> None:
         bar.update(done - bar.n)
 
-    answers = model.answers(prompts, config.sampling, show, places)
+    try:
+        answers = model.answers(prompts, config.sampling, show, places)
+    except OverlongError as error:
+        if config.data.on_bad_record == "error" or len(error.rows) == len(prompts):
+            raise
+        logger.warning("left out %d prompts, such as: %s", len(error.rows), error)
+        kept = [index for index in range(len(prompts)) if index not in error.rows]
+        records, prompts = [records[index] for index in kept], [prompts[index] for index in kept]
+        answers = model.answers(prompts, config.sampling, show)
     bar.close()
     if process.rank == 0:
         target = config.run.dir / ANSWERS

@@ -34,7 +34,7 @@ from megatron_zj.config.model import HeadKind
 from megatron_zj.config.optim import EngineConfig
 from megatron_zj.config.sampling import SamplingConfig
 from megatron_zj.data.batch import Batch, Rows
-from megatron_zj.data.chat import ChatTemplate, chat_template
+from megatron_zj.data.chat import TEMPLATES, ChatTemplate, chat_template, missing_tokens
 from megatron_zj.data.stream import share
 from megatron_zj.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_zj.engine.build import build_engine
@@ -83,6 +83,14 @@ def _leaves(tree: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
     return found
 
 
+class OverlongError(ConfigError):
+    """Rows that the model has no positions for; ``rows`` are their indexes."""
+
+    def __init__(self, problem: str, rows: Sequence[int]) -> None:
+        super().__init__([problem])
+        self.rows = frozenset(rows)
+
+
 class LoadedModel:
     """One role of a checkpoint on all ranks."""
 
@@ -112,7 +120,7 @@ class LoadedModel:
         self.key, self.folder, self.step, self.name, self.info = key, folder, manifest.step, name, info
         self.tokenizer: Tokenizer = _tokenizer(config.tokenizer, folder, manifest, info)
         stop_ids(config.sampling, self.tokenizer)  # a wrong name is told before a model is built
-        self.template: ChatTemplate = chat_template(config.data.template or _trained_template(manifest.config))
+        self.template = _template(config.data.template or _trained_template(manifest.config), self.tokenizer, folder)
         self.world, self.process, self.seed = World.current(), process, config.run.seed
         placement = build_placements(config.parallel, {}, {ALL}, process.world_size, config.run.timeout_seconds)[ALL]
         if placement.groups is None:
@@ -141,7 +149,7 @@ class LoadedModel:
     ) -> list[tuple[list[int], bool]]:
         """Sampled ids after each prompt, the stop token or string included, and whether there was one.
 
-        ``places``: where each prompt is from, for errors; else they are numbered.
+        ``places``: where each prompt is from, for errors.
         """
         self.require("lm", "answers")
         self._require_room(prompts, sampling.max_new_tokens, places)
@@ -173,15 +181,21 @@ class LoadedModel:
         """What the ids say.  A model may have rows that the tokenizer has no piece for; such an id says nothing."""
         return self.tokenizer.decode([token_id for token_id in ids if token_id < self.tokenizer.vocab_size])
 
-    def option_logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
+    def option_logprobs(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], places: Sequence[str] | None = None
+    ) -> list[float]:
         """Sum of the log-probabilities (nats) of each option's ids after its prompt's."""
-        return [math.fsum(logprobs) for logprobs in self.token_logprobs(pairs)]
+        return [math.fsum(logprobs) for logprobs in self.token_logprobs(pairs, places=places)]
 
     def token_logprobs(
-        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], temperature: float = 1.0
+        self,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        temperature: float = 1.0,
+        places: Sequence[str] | None = None,
     ) -> list[list[float]]:
         """Log-probability (nats) of each id of each option after its prompt, at ``temperature``."""
         self.require("lm", "log-probabilities")
+        self._require_room([[*prompt, *option] for prompt, option in pairs], 0, places)
         found: list[list[float]] = []
         for _, chunk in _chunks(pairs):
             local, _first = self._share(chunk)
@@ -193,9 +207,10 @@ class LoadedModel:
             found += gather_in_order([row[len(prompt) :].tolist() for row, (prompt, _option) in rows])
         return found
 
-    def scores(self, rows: Sequence[Sequence[int]]) -> list[float]:
+    def scores(self, rows: Sequence[Sequence[int]], places: Sequence[str] | None = None) -> list[float]:
         """The reward head's score of each whole row."""
         self.require("score", "scores")
+        self._require_room(rows, 0, places)
         found: list[float] = []
         for _, chunk in _chunks(rows):
             local, _first = self._share(chunk)
@@ -216,20 +231,25 @@ class LoadedModel:
                 ]
             )
 
-    def _require_room(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, places: Sequence[str] | None
-    ) -> None:
+    def _require_room(self, rows: Sequence[Sequence[int]], new_tokens: int, places: Sequence[str] | None) -> None:
+        """OverlongError, the same on every rank, where a row and what follows it exceed the model's positions."""
         positions = self.info.model.max_position_embeddings
-        for index, prompt in enumerate(prompts):
-            if len(prompt) + max_new_tokens > positions:
-                name = f"prompt {index + 1}" if places is None else f"{places[index]}: the prompt"
-                raise ConfigError(
-                    [
-                        f"{name} ({self.text(prompt)[:_SHOWN]!r} ...) has {len(prompt)} tokens, and with "
-                        f"sampling.max_new_tokens = {max_new_tokens} that is more than the model's {positions} "
-                        "positions; shorten the prompt or lower sampling.max_new_tokens"
-                    ]
-                )
+        overlong = [index for index, row in enumerate(rows) if len(row) + new_tokens > positions]
+        if not overlong:
+            return
+        row, place = rows[overlong[0]], "" if places is None else f"{places[overlong[0]]}: "
+        text = f"({self.text(row)[:_SHOWN]!r} ...)"
+        if new_tokens:
+            problem = (
+                f"{place}the prompt {text} has {len(row)} tokens, and with sampling.max_new_tokens = {new_tokens} that "
+                f"is more than the model's {positions} positions; shorten the prompt or lower sampling.max_new_tokens"
+            )
+        else:
+            problem = (
+                f"{place}a row of {len(row)} tokens {text} is longer than the model's {positions} positions; "
+                "shorten it, or leave it out"
+            )
+        raise OverlongError(problem, overlong)
 
     def _share(self, items: Sequence[Any]) -> tuple[Sequence[Any], int]:
         """This rank's contiguous part, and where it starts."""
@@ -238,12 +258,6 @@ class LoadedModel:
 
     def _batch(self, rows: Sequence[Sequence[int]], sample_ids: torch.Tensor) -> WorldBatch:
         tokens = Rows.of([torch.tensor(row, dtype=torch.int64) for row in rows], torch.int64)
-        longest = max(rows, key=len, default=())
-        if len(longest) > self.info.model.max_position_embeddings:
-            raise ValueError(
-                f"a row of {len(longest)} tokens ({self.text(longest)[:_SHOWN]!r} ...) is longer than the model's "
-                f"{self.info.model.max_position_embeddings} positions; shorten it, or leave it out"
-            )
         return WorldBatch.gather(Batch(tokens, {}, {"sample_id": sample_ids}))
 
 
@@ -261,8 +275,24 @@ def _tokenizer(config: TokenizerConfig, folder: Path, manifest: Manifest, info: 
         tokenizer = load_tokenizer(config.path, config.special_tokens)
     if tokenizer.vocab_size > info.model.vocab_size:
         rows = f"the model of {folder} has {info.model.vocab_size} rows"
-        raise ConfigError([f"tokenizer.path: {config.path} has {tokenizer.vocab_size} ids, and {rows}; name its own"])
+        path = config.path or folder / TOKENIZER
+        raise ConfigError([f"tokenizer.path: {path} has {tokenizer.vocab_size} ids, and {rows}; name its own"])
     return tokenizer
+
+
+def _template(name: str, tokenizer: Tokenizer, folder: Path) -> ChatTemplate:
+    """ConfigError where the tokenizer lacks a token of the template; no weights are read for nothing."""
+    template = chat_template(name)
+    if missing := missing_tokens(template, tokenizer):
+        others = [other for other in TEMPLATES if not missing_tokens(TEMPLATES[other], tokenizer)]
+        raise ConfigError(
+            [
+                f"data.template: {name} needs the special token {missing[0]!r}, which the tokenizer of {folder} does "
+                f"not have; set data.template={' or '.join(others)}, or import the model with "
+                f"zj convert --special-tokens '{','.join(missing)}' and train it on them"
+            ]
+        )
+    return template
 
 
 def _trained_template(config: Any) -> str:

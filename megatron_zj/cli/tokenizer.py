@@ -44,10 +44,14 @@ class TrainConfig:
     vocab_size: int  # ids, bytes and special tokens included
     model_type: Literal["bpe", "unigram"] = "bpe"  # of SentencePiece
     special_tokens: tuple[str, ...] = ()  # text never gives these; ids 4, 5 ...
-    character_coverage: float = 0.9995  # of the texts' characters; the rest is spelt in bytes
+    character_coverage: float = 0.9995  # of the texts' characters, from 0.98 on; the rest is spelt in bytes
 
     def __post_init__(self) -> None:
-        check_ranges(self, vocab_size="[1, inf)", character_coverage="(0, 1]")
+        check_ranges(self, vocab_size="[1, inf)", character_coverage="[0.98, 1]")
+        if not self.data.files:
+            raise ConfigError(["data.files: nothing to learn from; give data.files=[FILE,...]"])
+        if "" in self.special_tokens:
+            raise ConfigError(["special_tokens: the text of a token is empty; give it one, or leave it out"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from megatron_zj.data.tokenizer import Tokenizer
 
 RoleName = Literal["system", "user", "assistant"]
 CONTENT = "{content}"
+_OWN = ("bos", "eos")  # tokens that every tokenizer has, under names of its own
 
 
 @dataclass(frozen=True)
@@ -84,26 +85,36 @@ def chat_template(name: str) -> ChatTemplate:
     return TEMPLATES[name]
 
 
-def check_order(messages: Sequence[Message], last: RoleName | None = None) -> None:
-    """Turns must be: an optional system turn, then user, assistant, user ... up to ``last``, none of them empty."""
+def missing_tokens(template: ChatTemplate, tokenizer: Tokenizer) -> list[str]:
+    """The special tokens of a template that the tokenizer does not have."""
+    parts = [part for turn in vars(template).values() for part in turn]
+    names = dict.fromkeys(part.name for part in parts if isinstance(part, Token))
+    return [name for name in names if name not in (*_OWN, *tokenizer.specials)]
+
+
+def check_order(messages: Sequence[Message], last: RoleName | None = None, field: str = "messages") -> None:
+    """Turns must be: an optional system turn, then user, assistant, user ... up to ``last``, none of them empty.
+
+    Raises BadRecord; ``field``: what the user's record calls the turns.
+    """
     turns = list(messages)
     for index, message in enumerate(turns):
         if not message.content.strip():
-            raise BadRecord(f"turn {index + 1} ({message.role}) is empty", field=f"messages[{index}].content")
+            raise BadRecord(f"turn {index + 1} ({message.role}) is empty", field=f"{field}[{index}].content")
     first = 1 if turns and turns[0].role == "system" else 0
     if len(turns) == first:
-        raise BadRecord("the dialogue has no user turn", field="messages")
+        raise BadRecord("the dialogue has no user turn", field=field)
     for index, message in enumerate(turns[first:]):
         expected = "assistant" if index % 2 else "user"
         if message.role != expected:
             raise BadRecord(
                 f"turn {first + index + 1} is from {message.role!r} where {expected!r} must speak",
-                field=f"messages[{first + index}].role",
+                field=f"{field}[{first + index}].role",
                 hint="join neighbouring turns of one speaker and begin with the user, or set data.on_bad_record=skip",
             )
     if last is not None and turns[-1].role != last:
         asked = "the dialogue ends without an answer" if last == "assistant" else "a prompt must end with a user turn"
-        raise BadRecord(asked, field="messages")
+        raise BadRecord(asked, field=field)
 
 
 def render(messages: Sequence[Message], template: ChatTemplate, tokenizer: Tokenizer) -> list[Span]:
@@ -151,5 +162,5 @@ def _parts(messages: Sequence[Message], template: ChatTemplate) -> list[tuple[Pa
 def _encode(part: Part, content: str, tokenizer: Tokenizer) -> list[int]:
     if isinstance(part, str):
         return tokenizer.encode(part.replace(CONTENT, content))
-    own = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+    own = dict(zip(_OWN, (tokenizer.bos_id, tokenizer.eos_id), strict=True))
     return [own[part.name] if part.name in own else tokenizer.special_id(part.name)]

@@ -348,7 +348,7 @@ def _names(settings: Mapping[str, Any]) -> dict[str, str]:
 def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, int]:
     """Tokens and ids of added_tokens.json and of tokenizer_config.json; one that is in both must have one id."""
     listed = _read_json(folder / _HF_ADDED) if (folder / _HF_ADDED).is_file() else {}
-    found = [(folder / _HF_ADDED, token, token_id) for token, token_id in listed.items()]
+    found: list[tuple[Path, Any, Any]] = [(folder / _HF_ADDED, token, token_id) for token, token_id in listed.items()]
     where, decoder = folder / _HF_CONFIG, settings.get("added_tokens_decoder", {})
     if not isinstance(decoder, dict):
         raise DataError(f"{where}: added_tokens_decoder must be an object, found {type(decoder).__name__}")

@@ -66,7 +66,9 @@ def train_sentencepiece(
     except RuntimeError as error:
         if bad:
             raise bad[0] from error
-        reason = str(error).splitlines()[-1].split("] ")[-1]  # without the library's source line
+        reason = str(error).splitlines()[-1].split("] ")[-1] or str(error)  # without the library's source line
+        if "!sentences_.empty()" in reason:
+            reason = f"the texts have no line to learn from, at most {_MAX_SENTENCE_BYTES} bytes long"
         raise DataError(f"cannot train {vocab_size} pieces: {reason}\n  -> change vocab_size or the texts") from error
     return SentencePieceTokenizer(model.getvalue(), {})
 

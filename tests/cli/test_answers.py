@@ -30,7 +30,7 @@ from tests.helpers.ranks import RankFailure, run_ranks
 QUESTIONS = ("头痛三天怎么办？", "孩子发热要不要去医院？", "咳嗽", "最近总是睡不好，心慌，还出汗，是什么原因？")
 
 
-def _asks(world: Path, run: str, **changes: object) -> list[str]:
+def asks(world: Path, run: str, **changes: object) -> list[str]:
     values: dict[str, object] = {
         "checkpoint.load": world / "sft",
         "data.files": f"[{world / 'data/prompts.jsonl'}]",
@@ -47,8 +47,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def test_generate_writes_an_answer_a_prompt_the_same_on_every_layout(world: Path) -> None:
-    assert zj(["generate", *_asks(world, "one")]).code == 0
-    two = zj(["generate", *_asks(world, "two", parallel__tp=2)], ranks=2)
+    assert zj(["generate", *asks(world, "one")]).code == 0
+    two = zj(["generate", *asks(world, "two", parallel__tp=2)], ranks=2)
     assert two.codes == (0, 0), two.output
     answers = _read(world / "one/answers.jsonl")
     prompts = [record["messages"][-1]["content"] for record in _read(world / "data/prompts.jsonl")][:4]
@@ -58,16 +58,25 @@ def test_generate_writes_an_answer_a_prompt_the_same_on_every_layout(world: Path
 
 
 def test_generate_refuses_a_reward_model_and_a_prompt_without_room(world: Path) -> None:
-    outcome = zj(["generate", *_asks(world, "refused", checkpoint__load=world / "reward")])
+    outcome = zj(["generate", *asks(world, "refused", checkpoint__load=world / "reward")])
     assert outcome.code == 1
     assert "is a reward model and gives no answers; load a language model" in outcome.error
     long = world / "long.jsonl"
     long.write_text("\n".join(json.dumps({"prompt": text}) for text in ("咳嗽", "头痛" * 600)), encoding="utf-8")
-    outcome = zj(["generate", *_asks(world, "refused", data__files=f"[{long}]")])
+    outcome = zj(["generate", *asks(world, "refused", data__files=f"[{long}]")])
     assert outcome.code == 1
     assert f"{long}:2: the prompt ('" in outcome.error
     assert "more than the model's 512 positions; shorten the prompt or lower sampling.max_new_tokens" in outcome.error
     assert not (world / "refused/answers.jsonl").exists()
+    outcome = zj(["generate", *asks(world, "kept", data__files=f"[{long}]", data__on_bad_record="skip")])
+    assert outcome.code == 0, outcome.output
+    assert f"left out 1 prompts, such as: {long}:2: the prompt ('" in outcome.output
+    kept = (world / "kept/answers.jsonl").read_bytes()
+    assert [answer["prompt"] for answer in _read(world / "kept/answers.jsonl")] == ["咳嗽"]
+    outcome = zj(["generate", *asks(world, "kept")])
+    assert outcome.code == 1
+    assert f"run.dir: {world / 'kept/answers.jsonl'} is there already; give another folder" in outcome.error
+    assert (world / "kept/answers.jsonl").read_bytes() == kept
 
 
 def test_chat_answers_starts_over_and_survives_a_question_that_is_too_long(world: Path) -> None:
@@ -80,6 +89,9 @@ def test_chat_answers_starts_over_and_survives_a_question_that_is_too_long(world
     assert said[0].splitlines()[0] == said[2].splitlines()[0]  # the same question after /new: the same answer
     assert "(not sent: that is " in said[1]
     assert "没有人看" not in outcome.output
+    outcome = zj(["chat", f"checkpoint.load={world / 'sft'}", "sampling.max_new_tokens=600"], typed="头痛\n")
+    assert outcome.code == 1
+    assert "sampling.max_new_tokens: 600 of the model's 512 positions leave no room for a question" in outcome.error
 
 
 def test_evaluate_runs_every_suite_and_writes_its_result(world: Path) -> None:
@@ -95,7 +107,7 @@ def test_evaluate_runs_every_suite_and_writes_its_result(world: Path) -> None:
         "mica": _scale(world, "mica", 16),
     }
     lists = {"suites": f"[{','.join(files)}]", "data__files": f"[{','.join(map(str, files.values()))}]"}
-    outcome = zj(["evaluate", *_asks(world, "suites", **lists)])
+    outcome = zj(["evaluate", *asks(world, "suites", **lists)])
     assert outcome.code == 0, outcome.output
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (world / "suites").rglob("*.json")}
     assert set(found) == set(files)
@@ -106,7 +118,7 @@ def test_evaluate_runs_every_suite_and_writes_its_result(world: Path) -> None:
     assert all(10 <= found["cami"][subscale] <= 50 for subscale in CAMI_SUBSCALES)
     assert 16 <= found["mica"]["total"] <= 96
     ranked = {"checkpoint__load": world / "reward", "data__files": f"[{world / 'data/preference_validation.jsonl'}]"}
-    two = zj(["evaluate", *_asks(world, "ranked", suites="[preference]", **ranked)], ranks=2)
+    two = zj(["evaluate", *asks(world, "ranked", suites="[preference]", **ranked)], ranks=2)
     assert two.codes == (0, 0), two.output
     result = json.loads((world / "ranked/evaluation/preference.json").read_text(encoding="utf-8"))
     assert 0 <= result["pair_accuracy"] <= 1
@@ -122,22 +134,20 @@ def _scale(world: Path, name: str, num_items: int) -> Path:
 def test_two_models_are_compared_item_by_item(world: Path) -> None:
     files = {"clinic": world / "data/cases.jsonl", "dialogue": world / "data/sft_validation.jsonl"}
     lists = {"suites": f"[{','.join(files)}]", "data__files": f"[{','.join(map(str, files.values()))}]"}
-    assert zj(["evaluate", *_asks(world, "theirs", untrained="true", **lists)]).code == 0
+    assert zj(["evaluate", *asks(world, "theirs", untrained="true", **lists)]).code == 0
     for run, expected in (("same", (0.0, 1.0, 0.0)), ("better", (1.0, 0.0, 0.0))):
         against = world / "theirs"
         if run == "better":  # than a model that scores below every possible answer
             against = _lowered(against, world / "lowered", list(files))
-        argv = _asks(world, run, untrained="true", against=against, **lists)
+        argv = asks(world, run, untrained="true", against=against, **lists)
         outcome = zj(["evaluate", *argv])
         assert outcome.code == 0, outcome.output
         for suite in files:
             result = json.loads((world / run / f"evaluation/{suite}.json").read_text(encoding="utf-8"))
             assert (result["win"], result["tie"], result["loss"]) == expected
-    outcome = zj(["evaluate", *_asks(world, "fewer", **{**lists, "against": world / "theirs", "limit": 3})])
+    outcome = zj(["evaluate", *asks(world, "fewer", **{**lists, "against": world / "theirs", "limit": 3})])
     assert "has 4 items and this evaluation 3" in outcome.error
-    outcome = zj(
-        ["evaluate", *_asks(world, "blunt", **{**lists, "suites": "[exam,clinic]", "against": world / "gone"})]
-    )
+    outcome = zj(["evaluate", *asks(world, "blunt", **{**lists, "suites": "[exam,clinic]", "against": world / "gone"})])
     assert "against: the suite exam has no scores by item; clinic, dialogue have" in outcome.error
     assert f"against: {world / 'gone/evaluation/clinic.json'} does not exist" in outcome.error
 
@@ -208,28 +218,19 @@ def test_a_checkpoint_without_a_tokenizer_takes_the_one_that_is_named_and_only_t
     found, own = newest(bare), newest(world / "sft")
     assert found is not None
     assert own is not None
-    outcome = zj(["generate", *_asks(world, "bare_answers", checkpoint__load=bare)])
+    outcome = zj(["generate", *asks(world, "bare_answers", checkpoint__load=bare)])
     assert outcome.code == 1
     assert f"tokenizer.path: {found} holds no tokenizer; name the one its model was trained with" in outcome.error
     named = {"checkpoint__load": bare, "tokenizer__path": own / "tokenizer"}
-    assert zj(["generate", *_asks(world, "bare_answers", **named)]).code == 0
-    assert zj(["generate", *_asks(world, "own_answers")]).code == 0
+    assert zj(["generate", *asks(world, "bare_answers", **named)]).code == 0
+    assert zj(["generate", *asks(world, "own_answers")]).code == 0
     assert _read(world / "bare_answers/answers.jsonl") == _read(world / "own_answers/answers.jsonl")
     lines = (world / "data/tokenizer.txt").read_text(encoding="utf-8").splitlines()
     for size, complaint in ((1290, "was trained with another tokenizer"), (1310, "has 1310 ids, and the model of")):
         train_sentencepiece(lines, vocab_size=size, special_tokens=("<human>", "<bot>")).save(world / f"of_{size}")
-        other = zj(["generate", *_asks(world, "other", tokenizer__path=world / f"of_{size}")])
+        other = zj(["generate", *asks(world, "other", tokenizer__path=world / f"of_{size}")])
         assert other.code == 1
         assert complaint in other.error
-
-
-def test_a_question_without_room_is_shown(world: Path) -> None:
-    path = world / "long.csv"
-    path.write_text(f"Question,A,B,Answer\n{'头痛' * 600},休息,就医,A\n", encoding="utf-8")
-    outcome = zj(["evaluate", *_asks(world, "long", suites="[exam]", data__files=f"[{path}]")])
-    assert outcome.code == 1
-    assert "tokens (':头痛头痛头痛" in outcome.error
-    assert "is longer than the model's 512 positions; shorten it, or leave it out" in outcome.error
 
 
 def test_a_folder_stands_for_its_files_and_a_bad_record_is_left_out_and_told(world: Path) -> None:
@@ -240,9 +241,9 @@ def test_a_folder_stands_for_its_files_and_a_bad_record_is_left_out_and_told(wor
         lines = [json.dumps({"prompt": f"{text}{n}。"}, ensure_ascii=False) for n in range(2)]
         (folder / name).write_text("\n".join([*lines, '{"prompt": "\\ud83d"}']) + "\n", encoding="utf-8")
     files = f"[{folder}]"
-    outcome = zj(["generate", *_asks(world, "stopped", data__files=files)])
+    outcome = zj(["generate", *asks(world, "stopped", data__files=files)])
     assert f"{folder}/a.jsonl, record at line 3, field 'prompt': half of a character" in outcome.error
-    outcome = zj(["generate", *_asks(world, "of_folder", data__files=files, data__on_bad_record="skip")])
+    outcome = zj(["generate", *asks(world, "of_folder", data__files=files, data__on_bad_record="skip")])
     assert outcome.code == 0, outcome.output
     assert [answer["prompt"] for answer in _read(world / "of_folder/answers.jsonl")] == [
         "一0。",
@@ -255,9 +256,9 @@ def test_a_folder_stands_for_its_files_and_a_bad_record_is_left_out_and_told(wor
 
 def test_evaluate_says_which_model_a_suite_needs_and_what_is_wrong_with_a_file(world: Path) -> None:
     ranked = {"suites": "[preference]", "data__files": f"[{world / 'data/preference_validation.jsonl'}]"}
-    outcome = zj(["evaluate", *_asks(world, "wrong", **ranked)])
+    outcome = zj(["evaluate", *asks(world, "wrong", **ranked)])
     assert "is a language model and gives no scores; load a reward model" in outcome.error
-    outcome = zj(["evaluate", *_asks(world, "wrong", suites="[exam]", data__files=f"[{world / 'data/sft.jsonl'}]")])
+    outcome = zj(["evaluate", *asks(world, "wrong", suites="[exam]", data__files=f"[{world / 'data/sft.jsonl'}]")])
     assert (
         f"{world / 'data/sft.jsonl'}, record at line 1: no exam: columns Question and Answer are needed"
         in outcome.error

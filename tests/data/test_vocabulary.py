@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_zj.cli.tokenizer import main
+from megatron_zj.config.loader import ConfigError
 from megatron_zj.data.errors import DataError
 from megatron_zj.data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from megatron_zj.data.vocabulary import (
@@ -51,6 +53,24 @@ def test_vocabulary_that_cannot_be_filled_says_what_to_change() -> None:
     for size in (270, 100_000):
         with pytest.raises(DataError, match=f"cannot train {size} pieces(.|\n)*change vocab_size"):
             train_sentencepiece(TEXTS, size, character_coverage=1.0)
+
+
+def test_texts_without_a_line_are_told() -> None:
+    with pytest.raises(DataError, match="cannot train 300 pieces: the texts have no line to learn from"):
+        train_sentencepiece(["", " \n"], 300)
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["data.files=[]"], "data.files: nothing to learn from; give data.files=[FILE,...]"),
+        (["data.files=[x]", "special_tokens=['']"], "special_tokens: the text of a token is empty"),
+        (["data.files=[x]", "character_coverage=0.5"], "character_coverage: must be in [0.98, 1], got 0.5"),
+    ],
+)
+def test_what_no_tokenizer_can_be_trained_on_is_told_by_its_key(tmp_path: Path, words: list[str], problem: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        main(["train", "vocab_size=600", f"out={tmp_path}", *words])
 
 
 def test_a_bad_record_under_way_is_told_as_itself_or_left_out(tmp_path: Path) -> None:
