@@ -70,7 +70,7 @@ def read_raw(
         def convert(item: Item, chosen: Any = chosen, path: Path = path) -> Record:
             record = convert_item(item, chosen, kind)
             if isinstance(record, PromptRecord | DialogueRecord):
-                check_order(record.messages, "user" if isinstance(record, PromptRecord) else "assistant")
+                check_order(record.messages, "user" if isinstance(record, PromptRecord) else "assistant", record.source)
             if places is not None:
                 places.append(f"{path}:{item.line}")
             return record

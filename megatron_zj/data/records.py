@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -24,9 +24,10 @@ class TextRecord:
 
 @dataclass(frozen=True)
 class DialogueRecord:
-    """A dialogue that ends with an answer."""
+    """A dialogue that ends with an answer.  ``source``: the raw record's field with the turns, for complaints."""
 
     messages: tuple[Message, ...]
+    source: str = field(default="messages", compare=False)
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class PreferenceRecord:
     prompt: tuple[Message, ...]
     responses: tuple[tuple[Message, ...], ...]  # each begins and ends with the assistant
     ranks: tuple[float, ...]
+    source: str = field(default="prompt", compare=False)  # the raw record's field with the prompt, for complaints
 
     def __post_init__(self) -> None:
         if len(self.responses) < 2:
@@ -46,6 +48,14 @@ class PreferenceRecord:
             raise BadRecord(f"ranks must be finite numbers, found {list(self.ranks)}", field="ranks")
         if len(set(self.ranks)) == 1:
             raise BadRecord("all responses have the same rank, so none is preferred", field="ranks")
+        for index, response in enumerate(self.responses):
+            for place, message in enumerate(response):
+                expected = "user" if place % 2 else "assistant"
+                if message.role != expected:
+                    reason = f"turn {place + 1} is from {message.role!r} where {expected!r} must speak"
+                    raise BadRecord(reason, field=f"responses[{index}][{place}].role")
+            if len(response) % 2 == 0:
+                raise BadRecord("a response must end with the assistant", field=f"responses[{index}]")
         seen: dict[tuple[Message, ...], float] = {}
         for response, rank in zip(self.responses, self.ranks, strict=True):
             if seen.setdefault(response, rank) != rank:
@@ -59,9 +69,10 @@ class PreferenceRecord:
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """A dialogue that ends with the user."""
+    """A dialogue that ends with the user.  ``source``: the raw record's field with the turns, for complaints."""
 
     messages: tuple[Message, ...]
+    source: str = field(default="messages", compare=False)
 
 
 Record = TextRecord | DialogueRecord | PreferenceRecord | PromptRecord
@@ -88,12 +99,12 @@ def derive(record: Record, kind: Kind) -> Record:
     if _PRODUCES[type(record)] == kind:
         return record
     if isinstance(record, PreferenceRecord) and kind == "prompts":
-        return PromptRecord(record.prompt)
+        return PromptRecord(record.prompt, record.source)
     if isinstance(record, PreferenceRecord) and kind == "chat":
         best = record.ranks.index(min(record.ranks))
-        return DialogueRecord(record.prompt + record.responses[best])
+        return DialogueRecord(record.prompt + record.responses[best], record.source)
     if isinstance(record, DialogueRecord) and kind == "prompts":
-        return PromptRecord(record.messages[:-1])
+        return PromptRecord(record.messages[:-1], record.source)
     if isinstance(record, DialogueRecord) and kind == "corpus":
         return TextRecord("\n".join(message.content for message in record.messages))
     if isinstance(record, PromptRecord) and kind == "chat":
@@ -127,6 +138,8 @@ def messages_of(value: Any, field: str, roles: dict[str, RoleName], *, role: str
     """Turns from a list of objects whose keys ``role`` and ``content`` name the speaker and the text."""
     if not isinstance(value, list):
         raise BadRecord(f"expected a list of turns, found {type(value).__name__}", field=field)
+    if not value:
+        raise BadRecord("the list of turns is empty", field=field)
     turns = []
     for index, turn in enumerate(value):
         if not isinstance(turn, dict) or role not in turn or content not in turn:

@@ -75,7 +75,7 @@ class Encoder:
         return Unit(((Span(ids, False),),), (0,))
 
     def _dialogue(self, record: DialogueRecord, counts: Counts) -> list[Unit]:
-        check_order(record.messages, "assistant")
+        check_order(record.messages, "assistant", record.source)
         row = render(record.messages, self._template, self._tokenizer)
         if self._fits(row) or not self._may_shorten(_length(row), counts):
             return [_single(row)] if self._fits(row) else []
@@ -121,6 +121,7 @@ class Encoder:
         return kept
 
     def _ranking(self, record: PreferenceRecord, counts: Counts) -> list[Unit]:
+        check_order(record.prompt, "user", record.source)
         rows = [self._response(record.prompt, response) for response in record.responses]
         longest = max(_length(row) for row in rows)
         if longest > self._max_length:
@@ -134,12 +135,11 @@ class Encoder:
         """[prompt, response ...]: the first span is the prompt, whatever turns it has."""
         head = tuple(render_prompt(prompt, self._template, self._tokenizer))
         whole = render([*prompt, *response], self._template, self._tokenizer)
-        if response[-1].role != "assistant":
-            raise BadRecord("a response must end with the assistant", field="responses")
         answers = len([message for message in prompt if message.role == "assistant"])
         return [Span(head, False), *whole[2 * answers + 1 :]]
 
     def _prompt(self, record: PromptRecord, counts: Counts) -> list[Unit]:
+        check_order(record.messages, "user", record.source)
         ids = render_prompt(record.messages, self._template, self._tokenizer)
         if len(ids) > self._max_length:
             if not self._may_shorten(len(ids), counts):

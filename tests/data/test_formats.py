@@ -268,6 +268,7 @@ def test_ranks_are_dense_and_ties_stay_ties() -> None:
 
 
 CANDIDATE = {"conversation": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]}
+ASKED, SAID = {"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}
 LABELS = {"query": "问", "history": [], "response_0": "甲", "response_1": "乙", "ranks": [1, 2]}
 
 
@@ -296,6 +297,12 @@ LABELS = {"query": "问", "history": [], "response_0": "甲", "response_1": "乙
         ("zhongjing_ranking", {"query": "问", "history": "os.system()", "rank1": "甲"}, "history", "neither JSON"),
         ("text_records", {"text": None}, "text", "found NoneType"),
         ("toyhom", {"title": "x", "ask": "y"}, None, "no 'answer'"),
+        ("messages", {"messages": []}, "messages", "list of turns is empty"),
+        ("turn_lists", {"prompt": [], "output": []}, "prompt", "list of questions is empty"),
+        ("disc", CANDIDATE | {"conversation": [ASKED]}, "conversation", "followed by an answer"),
+        ("ranked", {"prompt": "问", "responses": ["甲", []]}, "responses[1]", "list of turns is empty"),
+        ("ranked", {"prompt": "问", "responses": ["甲", [ASKED]]}, "responses[1][0].role", "turn 1 is from 'user'"),
+        ("ranked", {"prompt": "问", "responses": ["甲", [SAID, ASKED]]}, "responses[1]", "end with the assistant"),
     ],
 )
 def test_bad_record_names_its_field(name: str, value: dict, field: str | None, reason: str) -> None:
@@ -334,9 +341,31 @@ def test_unknown_format_and_unknown_shape_list_the_formats(tmp_path: Path) -> No
     path.write_text('{"text": "x"},\n' * 30)
     with pytest.raises(DataError, match=r"x\.jsonl, record at line 1: the line is not JSON \(Extra data"):
         choose_format(path, "auto")
+    path.write_text('{\n[1]\n{"foo": 1}\n')
+    with pytest.raises(DataError, match=r"x\.jsonl, record at line 2: no format matches it \(a list\)"):
+        choose_format(path, "auto")
+    path.write_text(json.dumps({f"key {number}": number for number in range(5000)}))
+    with pytest.raises(DataError, match=r"\(5000 keys key 0, key 1, ") as caught:
+        choose_format(path, "auto")
+    assert max(map(len, str(caught.value).splitlines())) < 500
     path.write_text("\n")
     with pytest.raises(DataError, match=r"x\.jsonl holds no record"):
         choose_format(path, "auto")
+
+
+@pytest.mark.parametrize(
+    "first", ["null", "{}", '{"instruction": "x"}', '{"messages": null}', '{"messages": []}', '{"text": ""}', "{", "[]"]
+)
+def test_a_format_is_chosen_by_the_first_good_record(tmp_path: Path, first: str) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(first + '\n{"instruction": "问", "output": "答"}\n', encoding="utf-8")
+    assert choose_format(path, "auto").name == "alpaca"
+
+
+def test_where_no_record_is_good_the_first_that_looks_like_one_decides(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{}\n{"messages": []}\n{"instruction": "问", "output": ""}\n', encoding="utf-8")
+    assert choose_format(path, "auto").name == "messages"
 
 
 def test_converted_dialogues_are_in_order() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from megatron_zj.config.data import ChatConfig, TokenizerConfig
+from megatron_zj.config.data import ChatConfig, PreferenceConfig, PromptsConfig, TokenizerConfig
 from megatron_zj.data.chat import Message
 from megatron_zj.data.errors import DataError
 from megatron_zj.data.prepare import PrepareConfig, TextConfig, prepare
@@ -63,16 +64,32 @@ def test_a_folder_without_raw_files_is_named(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "last", "message"),
-    [("chat", "user", "the dialogue ends without an answer"), ("prompts", "assistant", "must end with a user turn")],
+    ("kind", "field", "last", "message"),
+    [
+        ("chat", "conversations", "human", "the dialogue ends without an answer"),
+        ("prompts", "prompt", "assistant", "must end with a user turn"),
+        ("prompts", "messages", "assistant", "must end with a user turn"),
+        ("preference", "prompt", "assistant", "must end with a user turn"),
+        ("preference", "messages", "assistant", "must end with a user turn"),
+        ("prompts", "prompt[2].role", "assistant", "turn 3 is from 'assistant' where 'user' must speak"),
+    ],
 )
-def test_the_last_turn_must_be_the_one_the_kind_needs(tmp_path: Path, kind: str, last: str, message: str) -> None:
+def test_turns_out_of_order_are_told_by_the_field_that_the_record_has(
+    tmp_path: Path, tokenizer: SentencePieceTokenizer, kind: str, field: str, last: str, message: str
+) -> None:
     path = tmp_path / "x.jsonl"
-    turns = [{"from": "human", "value": "头痛。"}, {"from": "gpt", "value": "多久了？"}]
-    turns += [{"from": "human", "value": "三天。"}] if last == "user" else []
-    record = {"conversations": turns}
-    if kind == "prompts":
-        record = {"prompt": [{"role": "user", "content": "头痛。"}, {"role": "assistant", "content": "多久了？"}]}
+    key, _, more = field.partition("[")
+    said = ["头痛。", "多久了？", "三天。"][: 3 if last == "human" or more else 2]
+    names = ("from", "value") if key == "conversations" else ("role", "content")
+    roles = ("human", "gpt") if key == "conversations" else ("user", "assistant")
+    speakers = [roles[number % 2] for number in range(len(said) - 1)] + [last]
+    record = {key: [dict(zip(names, turn, strict=True)) for turn in zip(speakers, said, strict=True)]}
+    record |= {"responses": ["好。", "坏。"]} if key == "messages" or kind == "preference" else {}
     path.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
-    with pytest.raises(DataError, match=rf"^{path}, record at line 1, field 'messages': .*{message}"):
-        read_raw([str(path)], kind, "auto", "error")  # type: ignore[arg-type]
+    wanted = rf"^{path}, record at line 1, field '{re.escape(field)}': .*{message}"
+    schema = {"chat": ChatConfig, "prompts": PromptsConfig, "preference": PreferenceConfig}[kind]
+    with pytest.raises(DataError, match=wanted):
+        build_stream(schema(files=(str(path),), max_length=64), tokenizer, 0)
+    if kind != "preference":
+        with pytest.raises(DataError, match=wanted):
+            read_raw([str(path)], kind, "auto", "error")  # type: ignore[arg-type]

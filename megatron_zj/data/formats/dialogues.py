@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from megatron_zj.data.chat import Message, RoleName
@@ -21,22 +22,26 @@ _SHAREGPT_ROLES: dict[str, RoleName] = {
 _BENTSAO_TURN = re.compile(r"<(user|bot)>\s*[:：]")
 
 
-def _clinic(messages: tuple[Message, ...]) -> DialogueRecord:
-    """A transcript as the templates need it: what the doctor says before the patient, and a patient's last words
-    without an answer, are left out; neighbouring turns of one speaker are joined by a line break."""
-    joined: list[Message] = []
-    for message in messages:
-        if joined and joined[-1].role == message.role:
-            joined[-1] = Message(message.role, f"{joined[-1].content}\n{message.content}")
-        else:
-            joined.append(message)
-    while joined and joined[0].role == "assistant":
-        joined.pop(0)
-    while joined and joined[-1].role == "user":
-        joined.pop()
-    if not joined:
-        raise BadRecord("no question is followed by an answer", field="messages")
-    return DialogueRecord(tuple(joined))
+def _clinic(field: str, *, role: str = "role", content: str = "content") -> Callable[[dict[str, Any]], DialogueRecord]:
+    """Of a transcript under ``field`` what the templates need: what the doctor says before the patient, and a patient's
+    last words without an answer, are left out; neighbouring turns of one speaker are joined by a line break."""
+
+    def convert(value: dict[str, Any]) -> DialogueRecord:
+        joined: list[Message] = []
+        for message in messages_of(value[field], field, CLINIC_ROLES, role=role, content=content):
+            if joined and joined[-1].role == message.role:
+                joined[-1] = Message(message.role, f"{joined[-1].content}\n{message.content}")
+            else:
+                joined.append(message)
+        while joined and joined[0].role == "assistant":
+            joined.pop(0)
+        while joined and joined[-1].role == "user":
+            joined.pop()
+        if not joined:
+            raise BadRecord("no question is followed by an answer", field=field)
+        return DialogueRecord(tuple(joined), field)
+
+    return convert
 
 
 def _messages(value: dict[str, Any]) -> DialogueRecord | PromptRecord:
@@ -45,22 +50,10 @@ def _messages(value: dict[str, Any]) -> DialogueRecord | PromptRecord:
     return PromptRecord(turns) if asks else DialogueRecord(turns)
 
 
-def _cmdd(value: dict[str, Any]) -> DialogueRecord:
-    return _clinic(messages_of(value["messages"], "messages", CLINIC_ROLES, role="role", content="content"))
-
-
-def _cmdd_raw(value: dict[str, Any]) -> DialogueRecord:
-    field = "dialogue-content"
-    return _clinic(messages_of(value[field], field, CLINIC_ROLES, role="speaker", content="sentence"))
-
-
-def _disc(value: dict[str, Any]) -> DialogueRecord:
-    return _clinic(messages_of(value["conversation"], "conversation", CLINIC_ROLES, role="role", content="content"))
-
-
 def _sharegpt(value: dict[str, Any]) -> DialogueRecord:
     return DialogueRecord(
-        messages_of(value["conversations"], "conversations", _SHAREGPT_ROLES, role="from", content="value")
+        messages_of(value["conversations"], "conversations", _SHAREGPT_ROLES, role="from", content="value"),
+        "conversations",
     )
 
 
@@ -96,6 +89,8 @@ def _toyhom(value: dict[str, Any]) -> DialogueRecord:
 def _turn_lists(value: dict[str, Any]) -> DialogueRecord:
     """ChiMed-GPT's records: the questions, and their answers."""
     asked, answered = value["prompt"], value["output"]
+    if not asked:
+        raise BadRecord("the list of questions is empty", field="prompt")
     if len(asked) != len(answered):
         raise BadRecord(f"{len(asked)} questions and {len(answered)} answers", field="output")
     turns: list[Message] = []
@@ -130,13 +125,13 @@ FORMATS = (
         name="cmdd",
         shape=f'{{"messages": {_TURNS}}} with roles doctor and patient',
         matches=_is_cmdd,
-        convert=_cmdd,
+        convert=_clinic("messages"),
     ),
     Format(
         name="cmdd_raw",
         shape='{"dialogue-content": [{"speaker": 医生 or 患者, "sentence": ...}, ...]}',
         matches=has_keys("dialogue-content"),
-        convert=_cmdd_raw,
+        convert=_clinic("dialogue-content", role="speaker", content="sentence"),
     ),
     Format(
         name="messages",
@@ -144,7 +139,12 @@ FORMATS = (
         matches=has_keys("messages"),
         convert=_messages,
     ),
-    Format(name="disc", shape=f'{{"conversation": {_TURNS}}}', matches=has_keys("conversation"), convert=_disc),
+    Format(
+        name="disc",
+        shape=f'{{"conversation": {_TURNS}}}',
+        matches=has_keys("conversation"),
+        convert=_clinic("conversation"),
+    ),
     Format(
         name="sharegpt",
         shape='{"conversations": [{"from": human or gpt, "value": ...}, ...]}',

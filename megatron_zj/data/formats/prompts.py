@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_zj.data.chat import Message
-from megatron_zj.data.formats.rankings import prompt_messages
+from megatron_zj.data.formats.rankings import prompt_of
 from megatron_zj.data.formats.registry import Format, has_keys
 from megatron_zj.data.records import PromptRecord, text_of
 
@@ -19,7 +19,7 @@ FORMATS = (
         name="prompts",
         shape='{"prompt": a question, or a list of turns that ends with one}',
         matches=has_keys("prompt"),
-        convert=lambda value: PromptRecord(prompt_messages(value)),
+        convert=lambda value: PromptRecord(*prompt_of(value)),
     ),
     Format(name="questions", shape='{"question": ...}', matches=has_keys("question"), convert=_question),
 )

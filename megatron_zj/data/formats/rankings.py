@@ -27,12 +27,12 @@ def _answers(values: Sequence[Any], field: str) -> tuple[tuple[Message, ...], ..
     return tuple((Message("assistant", text_of(value, f"{field}[{i}]")),) for i, value in enumerate(values))
 
 
-def prompt_messages(value: dict[str, Any]) -> tuple[Message, ...]:
-    """``messages`` (a list of turns) or ``prompt`` (one user turn, or a list of turns)."""
+def prompt_of(value: dict[str, Any]) -> tuple[tuple[Message, ...], str]:
+    """``messages`` (a list of turns) or ``prompt`` (one user turn, or a list of turns), and which of them."""
     field = "messages" if "messages" in value else "prompt"
     if isinstance(value[field], str):
-        return (Message("user", text_of(value[field], field)),)
-    return messages_of(value[field], field, STANDARD_ROLES, role="role", content="content")
+        return (Message("user", text_of(value[field], field)),), field
+    return messages_of(value[field], field, STANDARD_ROLES, role="role", content="content"), field
 
 
 def _ranked(value: dict[str, Any]) -> PreferenceRecord:
@@ -51,7 +51,8 @@ def _ranked(value: dict[str, Any]) -> PreferenceRecord:
             if is_text
             else messages_of(response, field, STANDARD_ROLES, role="role", content="content")
         )
-    return PreferenceRecord(prompt_messages(value), tuple(answers), tuple(float(rank) for rank in ranks))
+    prompt, field = prompt_of(value)
+    return PreferenceRecord(prompt, tuple(answers), tuple(float(rank) for rank in ranks), field)
 
 
 def _pair(question: str, chosen: str, rejected: str) -> Any:

@@ -15,7 +15,8 @@ from megatron_zj.data.records import Kind, Record, derive
 
 Lines = Iterable[tuple[int, str]]
 _SAMPLE_LINES = 50  # lines of a text file that detection looks at
-_SAMPLE_ITEMS = 20  # records that detection may pass over, when they are malformed
+_SAMPLE_ITEMS = 20  # records that detection looks at, until one is good
+_MAX_KEYS = 200  # characters of a record's keys in a message
 
 
 @dataclass(frozen=True)
@@ -62,23 +63,49 @@ def choose_format(path: Path, name: str) -> Format:
                 f"  -> for this file one of: {', '.join(known.name for known in fitting)}"
             )
         return FORMATS[name]
-    bad: list[str] = []
+    return _detect(path, is_text, fitting)
+
+
+def _detect(path: Path, is_text: bool, fitting: list[Format]) -> Format:
+    """The format of the first record that one matches and converts, or else of the first that one matches."""
+    matching: list[Format] = []
+    unknown: list[Item] = []
     for item in _samples(path, is_text):
-        if item.error is not None:
-            bad.append(f"{path}, record at line {item.line}: {item.error.reason}")
-            continue
-        sample = item.value
-        for known in fitting:
-            if known.matches(sample):
-                return known
-        keys = f"keys {', '.join(map(str, sample))}" if isinstance(sample, dict) else f"a {type(sample).__name__}"
-        shapes = "\n".join(f"     {known.name}: {known.shape}" for known in fitting)
-        raise DataError(
-            f"{path}: no format matches its first record ({keys})\n  -> set data.format to one of\n{shapes}"
-        )
-    if bad:
-        raise DataError(f"{bad[0]}\n  -> correct the file: none of its first records can be read")
-    raise DataError(f"{path} holds no record\n  -> remove it from data.files")
+        known = next((form for form in fitting if item.error is None and form.matches(item.value)), None)
+        if known is None:
+            unknown.append(item)
+        elif is_text or _converts(item, known):
+            return known
+        else:
+            matching.append(known)
+    if matching:
+        return matching[0]
+    if not unknown:
+        raise DataError(f"{path} holds no record\n  -> remove it from data.files")
+    first = next((item for item in unknown if item.error is None), unknown[0])
+    where = f"{path}, record at line {first.line}"
+    if first.error is not None:
+        raise DataError(f"{where}: {first.error.reason}\n  -> correct the file: none of its first records can be read")
+    shapes = "\n".join(f"     {form.name}: {form.shape}" for form in fitting)
+    raise DataError(
+        f"{where}: no format matches it ({_kind_of(first.value)}) or the records after it\n"
+        f"  -> set data.format to one of\n{shapes}"
+    )
+
+
+def _converts(item: Item, form: Format) -> bool:
+    try:
+        convert_any(item, form)
+    except BadRecord:
+        return False
+    return True
+
+
+def _kind_of(value: Any) -> str:
+    if not isinstance(value, dict):
+        return f"a {type(value).__name__}"
+    keys = ", ".join(map(str, value))
+    return f"keys {keys}" if len(keys) <= _MAX_KEYS else f"{len(value)} keys {keys[:_MAX_KEYS]}..."
 
 
 def _samples(path: Path, is_text: bool) -> Iterable[Item]:
