@@ -45,6 +45,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "utf16.jsonl": (LINES.decode().encode("utf-16"), " is neither UTF-8 nor GB18030 text"),
     "brackets.jsonl": (LINES + b"\n" + b"[" * (1 << 20), ", record at line 13: the line is JSON beyond all measure"),
     "brackets.json": (b"[" * (1 << 20), ", line 1: maximum recursion depth exceeded"),
+    "two.json": (f"[{GOOD[0]}]\n[{GOOD[1]}]".encode(), ", line 2: there is more after the end of the JSON value"),
     "zero.jsonl.gz": (b"", " is empty"),
     "nothing.jsonl.gz": (gzip.compress(b""), " holds no record"),
     "cut.jsonl.gz": (gzip.compress(LINES)[:-12], " is no complete gzip file"),

@@ -297,6 +297,7 @@ LABELS = {"query": "问", "history": [], "response_0": "甲", "response_1": "乙
         ("zhongjing_ranking", {"query": "问", "history": "os.system()", "rank1": "甲"}, "history", "neither JSON"),
         ("text_records", {"text": None}, "text", "found NoneType"),
         ("toyhom", {"title": "x", "ask": "y"}, None, "no 'answer'"),
+        ("alpaca", None, None, "the record is null"),
         ("messages", {"messages": []}, "messages", "list of turns is empty"),
         ("turn_lists", {"prompt": [], "output": []}, "prompt", "list of questions is empty"),
         ("disc", CANDIDATE | {"conversation": [ASKED]}, "conversation", "followed by an answer"),
@@ -305,7 +306,7 @@ LABELS = {"query": "问", "history": [], "response_0": "甲", "response_1": "乙
         ("ranked", {"prompt": "问", "responses": ["甲", [SAID, ASKED]]}, "responses[1]", "end with the assistant"),
     ],
 )
-def test_bad_record_names_its_field(name: str, value: dict, field: str | None, reason: str) -> None:
+def test_bad_record_names_its_field(name: str, value: Any, field: str | None, reason: str) -> None:
     with pytest.raises(BadRecord) as caught:
         convert_any(Item(1, value), FORMATS[name])
     assert caught.value.field == field

@@ -137,6 +137,10 @@ def convert_any(item: Item, form: Format) -> Record:
     except BadRecord:
         raise
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        missing = isinstance(error, KeyError)
-        reason = f"the record has no {error}" if missing else f"the record is not shaped as {form.name}: {error}"
-        raise BadRecord(reason, hint=f"a {form.name} record is {form.shape}; data.format chooses another") from error
+        reason = f"the record is not shaped as {form.name}: {error}"
+        if isinstance(error, KeyError):
+            reason = f"the record has no {error}"
+        elif item.value is None:
+            reason = "the record is null"
+        choice = "data.format chooses another, data.on_bad_record=skip leaves such records out"
+        raise BadRecord(reason, hint=f"records of {form.name} are {form.shape}; {choice}") from error
