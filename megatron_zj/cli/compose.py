@@ -64,15 +64,29 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
 def load_frozen(path: Path) -> RunConfig:
     """A resolved configuration, as ``save_frozen`` writes it.  Raises ``ConfigError`` and ``OSError``."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _StrictYaml)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path}: not a YAML file: {_first_line(error)}"]) from error
+    except RecursionError:
+        raise ConfigError([f"{path}: not a configuration: brackets or blocks are nested too deeply"]) from None
     if not isinstance(data, Mapping):
         raise ConfigError([f"{path}: expected a mapping of settings, got {type(data).__name__}"])
     try:
         return load(RunConfig, data)
     except ConfigError as error:
         raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
+
+
+class _StrictYaml(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which the last would win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: {key.value} is set twice; remove one of the two")
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def frozen_text(config: RunConfig) -> str:
@@ -92,7 +106,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
     parsed = []
     for text in overrides:
         try:
-            parsed.append(parser.parse_override(_quote_foreign(text)))
+            override = parser.parse_override(_quote_foreign(text))
         except HydraException as error:
             raise ConfigError(
                 [
@@ -100,6 +114,9 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
                     "spaces, brackets, commas or '=': \"key='some value'\""
                 ]
             ) from None
+        if not override.key_or_group:
+            raise ConfigError([f"{text!r} is no override: it has no key; write key=value"])
+        parsed.append(override)
     return parsed
 
 
@@ -125,6 +142,8 @@ def compose_plain(overrides: Sequence[str]) -> dict[str, Any]:
     for override in parsed:
         if override.is_sweep_override():
             raise ConfigError([f"{override.input_line!r} is a sweep; use zj launch --multirun, or quote the value"])
+        if override.key_or_group == "model.preset" and (name := override.value()) is not None:
+            raise ConfigError([f"model.preset: a name for the log, it chooses no shape; write model={name} for that"])
     with initialize_config_dir(str(conf_folder()), version_base="1.3", job_name="zj"):
         groups = [override for override in parsed if _is_group(override)]
         tree = _compose([_as_hydra(override) for override in parsed])
@@ -160,7 +179,7 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 def _compose(overrides: list[str]) -> dict[str, Any]:
     try:
         container = OmegaConf.to_container(compose(PRIMARY, overrides=overrides), resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group's option is no string
         raise ConfigError([_explain(error, overrides)]) from error
     if not isinstance(container, dict):
         raise TypeError(f"conf/{PRIMARY}.yaml is no mapping")
@@ -207,11 +226,11 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     for text in overrides:
         key, _, value = text.partition("=")
         group = key.lstrip("+~")
-        if (conf_folder() / group).is_dir() and not text.startswith("~") and value != "null":
+        if (conf_folder() / group).is_dir() and not text.startswith("~"):
             options = options_of(group)
-            if not value:
+            if value in ("", "null"):
                 shown = ", ".join(options[:_MAX_OPTIONS]) + (", ..." if len(options) > _MAX_OPTIONS else "")
-                return f"{group}: empty; leave it out, or name one of {shown}"
+                return f"{group}: {value or 'empty'}; leave it out, or name one of {shown}"
             if value not in options and not value.startswith("{"):
                 return f"{group}: no option {value!r}{suggestion(value, options)}"
     return _first_line(error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -54,25 +54,15 @@ def check(config: RunConfig, world_size: int | None = None, *, files: bool = Tru
     """
     blocks = placements(config, world_size)
     findings = [*_world(config, world_size), *_placement_names(config), *_layout(config, blocks, world_size)]
-    if any(finding.level == "error" for finding in findings):
-        return findings  # the arithmetic below divides by what was just refused
-    checks: list[Callable[[], Iterator[Finding]]] = [
-        lambda: _model_split(config, blocks),
-        lambda: _engines(config, blocks),
-        lambda: _te_attention(config, blocks),
-        lambda: _kinds(config),
-        lambda: _lengths(config),
-        lambda: _batches(config, blocks),
-        lambda: _schedule(config),
-        lambda: _validation(config),
-        lambda: _starting_points(config),
-    ]
+    if all(finding.level != "error" for finding in findings):  # what divides by the layout wants one that fits
+        findings += [*_model_split(config, blocks), *_engines(config, blocks), *_te_attention(config, blocks)]
+        findings += _batches(config, blocks)
+    for of_any_layout in (_kinds, _lengths, _schedule, _validation, _starting_points):
+        findings += of_any_layout(config)
     if here:
-        checks.append(lambda: _packages(config))
+        findings += _packages(config)
     if files:
-        checks.append(lambda: _files(config))
-    for run_check in checks:
-        findings.extend(run_check())
+        findings += _files(config)
     return findings
 
 
@@ -317,6 +307,13 @@ def _starting_points(config: RunConfig) -> Iterator[Finding]:
         role = roles(config)["model"]
         if role.load is None and config.checkpoint.load is None:
             yield Finding(level="note", key="checkpoint.load", message="not set: the model starts from random weights")
+    for name, role in roles(config).items():
+        optional = not config.algorithm.role_kinds[name].needs_weights
+        if optional and role.load_role is not None and starting_point(config, name) is None:
+            yield Finding(
+                key=f"algorithm.{name}.load_role",
+                message=f"{role.load_role!r} of no checkpoint; set algorithm.{name}.load, or leave it out",
+            )
 
 
 def _packages(config: RunConfig) -> Iterator[Finding]:
@@ -343,8 +340,11 @@ def no_folder(path: Path) -> str | None:
 
 def _files(config: RunConfig) -> Iterator[Finding]:
     """Named files exist, and a folder can be where the run writes."""
-    if (problem := no_folder(config.run.dir)) is not None:
+    if (problem := no_folder(config.run.dir) or no_folder(config.run.dir / "checkpoints")) is not None:
         yield Finding(key="run.dir", message=problem)
+    for name in ("config.yaml", "log.txt", "metrics.jsonl"):
+        if (place := config.run.dir / name).is_dir():
+            yield Finding(key="run.dir", message=f"{place} is a folder where the run writes a file; move it away")
     problem_of = _no_corpus if isinstance(config.data, CorpusConfig) else _nothing_there
     for key in ("files", "validation_files"):
         for index, name in enumerate(getattr(config.data, key, ())):

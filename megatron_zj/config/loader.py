@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 T = TypeVar("T")
 
 _INVALID = object()  # stands for a value that could not be loaded; the problem is in the list
+_TOO_LARGE = 2**63
 _MAX_SHOWN = 12  # problems printed, so that an error stays on one screen
 _NAMES: dict[Any, str] = {
     bool: "true or false",
@@ -100,6 +101,9 @@ def _load(annotation: Any, value: Any, path: str, problems: list[str]) -> Any:
 def _load_scalar(annotation: Any, value: Any, path: str, problems: list[str]) -> Any:
     if annotation not in _NAMES:
         raise TypeError(f"{path}: the loader does not know the annotation {annotation!r}")
+    if isinstance(value, int) and abs(value) >= _TOO_LARGE:
+        problems.append(f"{path}: {_show(value)} does not fit in 64 bits; write a smaller number")
+        return _INVALID
     if annotation is float and isinstance(value, int | float) and not isinstance(value, bool):
         if math.isnan(value):
             problems.append(f"{path}: nan is not a number to configure with")
@@ -195,7 +199,7 @@ def _load_union(args: tuple[Any, ...], value: Any, path: str, problems: list[str
         problems.append(f"{path}: expected a mapping with a kind ({', '.join(by_kind)}), got {_show(value)}")
     elif "kind" not in value:
         problems.append(f"{path}.kind: missing; one of {', '.join(by_kind)}")
-    elif value["kind"] not in by_kind:
+    elif not isinstance(value["kind"], str) or value["kind"] not in by_kind:
         hint = suggestion(str(value["kind"]), list(by_kind))
         problems.append(f"{path}.kind: unknown kind {value['kind']!r}{hint}")
     else:

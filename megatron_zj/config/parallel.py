@@ -18,7 +18,7 @@ class ParallelConfig:
     sequence_parallel: bool = False  # shard activations between tensor-parallel regions; needs tp > 1
 
     def __post_init__(self) -> None:
-        check_ranges(self, tp="[1, inf)", pp="[1, inf)", vpp="[1, inf)", cp="[1, inf)")
+        check_ranges(self, **dict.fromkeys(("tp", "pp", "vpp", "cp"), "[1, 1000000]"))
         if self.vpp > 1 and self.pp == 1:
             raise ValueError(f"vpp={self.vpp} needs pp > 1; set pp or vpp=1")
         if self.sequence_parallel and self.tp == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isinf
 from typing import Any
 
 from megatron_zj.config.loader import ConfigError
@@ -17,7 +18,7 @@ def check_ranges(config: Any, **intervals: str) -> None:
         value = getattr(config, name)
         for number in value if isinstance(value, tuple) else (value,):
             if number is not None and not _inside(number, interval):
-                problems.append(f"{name}: must be {_words(interval)}, got {number}")
+                problems.append(f"{name}: must be {_words(interval)}{' and finite' * isinf(number)}, got {number}")
     if problems:
         raise ConfigError(problems)
 

@@ -24,7 +24,7 @@ class ProcessSettings:
     timeout_seconds: int = 600  # of every process group: how long a rank waits for a dead one
 
     def __post_init__(self) -> None:
-        check_ranges(self, timeout_seconds="[1, inf)")
+        check_ranges(self, timeout_seconds="[1, 31536000]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,8 @@ class RunSettings(OutputSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges(self, num_steps="[1, inf)", log_every="[1, inf)", profile_steps="[1, inf)", eval_every="[0, inf)")
+        if beyond := [step for step in self.profile_steps if step > self.num_steps]:
+            raise ValueError(f"profile_steps {beyond} come after the last step, num_steps {self.num_steps}; lower them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,4 +69,4 @@ class RunConfig:
     world_size: int | None = None  # what the experiment is laid out for; ``zj check`` uses it, torchrun must match it
 
     def __post_init__(self) -> None:
-        check_ranges(self, world_size="[1, inf)")
+        check_ranges(self, world_size="[1, 1000000]")

@@ -115,6 +115,12 @@ def test_a_role_inherits_what_it_does_not_set_from_the_run() -> None:
         ("model=tinny", "model: no option 'tinny'; did you mean 'tiny'?"),
         ("experiment=", "experiment: empty; leave it out, or name one of chimed_gpt/"),
         ("experiment=demo/pop", "experiment: no option 'demo/pop'; did you mean 'demo/ppo'?"),
+        ("experiment=null", "experiment: null; leave it out, or name one of chimed_gpt/"),
+        ("model=null", "model: null; leave it out, or name one of "),
+        ("data=5", "data: no option '5'; known: chat, corpus"),
+        ("=5", "'=5' is no override: it has no key; write key=value"),
+        ("algorithm.kind=[a]", "algorithm.kind: unknown kind ['a']; known: dpo"),
+        ("model.preset=llama_7b", "model.preset: a name for the log, it chooses no shape; write model=llama_7b"),
         ("run.num_steps=ten", "run.num_steps: expected an integer, got the string 'ten'"),
         ("run.num_steps=1e3", "run.num_steps: expected an integer, got 1000.0; write 1000"),
         ("optim.lr=1e-4,3e-4", "'optim.lr=1e-4,3e-4' is a sweep; use zj launch --multirun"),
@@ -150,6 +156,9 @@ def test_a_broken_frozen_file_is_refused_with_its_name(tmp_path: Path) -> None:
     for text, expected in (
         ("a: [", "not a YAML file"),
         ("- 1", "expected a mapping of settings, got list"),
+        ("[" * 3000, "brackets or blocks are nested too deeply"),
+        ("optim: {lr: 1}\nrun:\n  seed: 1\noptim: {lr: 2}", "line 4: optim is set twice; remove one of the two"),
+        ("run:\n  seed: 1\n  seed: 2", "line 3: seed is set twice"),
         ("run: {sed: 1}", "run.sed: unknown key; did you mean 'seed'?"),
     ):
         path.write_text(text)

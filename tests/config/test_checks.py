@@ -64,7 +64,17 @@ def test_a_sound_run_has_no_findings() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"world_size": 0}, "world_size: must be >= 1"),
+        ({"world_size": 0}, "world_size: must be in [1, 1000000], got 0"),
+        ({"world_size": 10**9}, "world_size: must be in [1, 1000000], got 1000000000"),
+        ({"world_size": 10**20}, "world_size: 100000000000000000000 does not fit in 64 bits"),
+        ({"run": {"timeout_seconds": 10**17}}, "run.timeout_seconds: must be in [1, 31536000]"),
+        ({"run": {"num_steps": 1, "profile_steps": [1, 99]}}, "run: profile_steps [99] come after the last step"),
+        ({"model": {"num_layers": 10**9}}, "model.num_layers: must be in [1, 100000]"),
+        ({"optim": {"lr": float("inf")}}, "optim.lr: must be >= 0 and finite, got inf"),
+        (
+            {"algorithm": {"model": {"load_role": "x"}}},
+            "algorithm.model.load_role: 'x' of no checkpoint; set ",
+        ),
         ({"world_size": 6, "parallel": {"tp": 4}}, "parallel: tp 4 x pp 1 x cp 1 = 4 does not divide the 6 ranks"),
         ({"world_size": 8, "parallel": {"tp": 8}}, "parallel.tp: model.num_attention_heads = 4 is not divisible by"),
         (
@@ -118,7 +128,7 @@ def test_a_sound_run_has_no_findings() -> None:
         ({"model": {"vocab_multiple": 0}}, "model.vocab_multiple: must be >= 1, got 0"),
         ({"model": {"head_dim": 33}}, "model: a head of 33 cannot be rotated in pairs"),
         ({"checkpoint": {"every": -5}}, "checkpoint.every: must be >= 0, got -5"),
-        ({"run": {"timeout_seconds": 0}}, "run.timeout_seconds: must be >= 1, got 0"),
+        ({"run": {"timeout_seconds": 0}}, "run.timeout_seconds: must be in [1, 31536000], got 0"),
         ({"optim": {"beta1": 1.5}}, "optim.beta1: must be in [0, 1), got 1.5"),
         (
             {"algorithm": {"kind": "sft"}, "data": {"kind": "chat", "template": "zia"}},

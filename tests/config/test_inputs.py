@@ -40,3 +40,24 @@ def test_raw_text_in_place_of_a_corpus_is_told_how_to_be_prepared(tmp_path: Path
         algorithm={"kind": "sft"}, data={"kind": "chat", "max_length": 64, "files": [f"{tmp_path}/text.jsonl"]}
     )
     assert errors(chat, files=True) == []
+
+
+def test_an_impossible_layout_hides_nothing_that_can_be_told_without_it(tmp_path: Path) -> None:
+    run = config(
+        world_size=8,
+        parallel={"tp": 3},
+        data={"files": [str(tmp_path / "gone")], "sequence_length": 513},
+        tokenizer={"path": str(tmp_path / "tokenizer.model")},
+    )
+    found = [problem.partition(":")[0] for problem in errors(run, files=True)]
+    assert found == ["parallel", "data.sequence_length", "data.files[0]", "tokenizer.path"]
+
+
+def test_a_run_folder_whose_names_are_taken_by_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()
+    (tmp_path / "config.yaml").mkdir()
+    assert errors(config(run={"dir": str(tmp_path)}), files=True) == [
+        f"run.dir: {tmp_path}/checkpoints cannot be a folder: {tmp_path}/checkpoints is a file; name another, or move "
+        "that file away",
+        f"run.dir: {tmp_path}/config.yaml is a folder where the run writes a file; move it away",
+    ]

@@ -94,6 +94,9 @@ def test_every_understood_annotation_loads_to_its_own_type() -> None:
         ({}, "steps: missing"),
         ({"steps": "3"}, "steps: expected an integer, got the string '3'; write it without quotes"),
         ({"steps": True}, "steps: expected an integer, got True"),
+        ({"steps": 2**63}, "steps: 9223372036854775808 does not fit in 64 bits; write a smaller number"),
+        ({"steps": 1, "optim": {"kind": "sgd", "momentum": 10**400}}, "optim.momentum: 1000"),
+        ({"steps": 1, "optim": {"kind": ["sgd"]}}, "optim.kind: unknown kind ['sgd']"),
         ({"steps": 2.0}, "steps: expected an integer, got 2.0; write 2"),
         ({"steps": None}, "steps: expected an integer, got null"),
         ({"steps": 1, "flag": 1}, "flag: expected true or false, got 1"),
@@ -181,13 +184,13 @@ RUNS = st.builds(
     RunConfig,
     algorithm=ALGORITHMS,
     data=DATA,
-    run=st.builds(RunSettings, dir=PATHS, seed=st.integers(), wandb_project=st.none() | TEXT),
+    run=st.builds(RunSettings, dir=PATHS, seed=st.integers(1 - 2**63, 2**63 - 1), wandb_project=st.none() | TEXT),
     model=st.builds(ModelConfig, rope_scaling=st.none() | SCALINGS, norm_eps=POSITIVE),
     tokenizer=st.builds(TokenizerConfig, path=st.none() | PATHS, special_tokens=FILES),
     placements=st.dictionaries(TEXT, st.builds(PlacementConfig, num_ranks=st.none() | COUNTS), max_size=2),
     engine=ENGINES,
     optim=OPTIMS,
-    world_size=st.none() | COUNTS,
+    world_size=st.none() | st.integers(1, 10**6),
 )
 
 
