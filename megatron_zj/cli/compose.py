@@ -64,7 +64,7 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
 def load_frozen(path: Path) -> RunConfig:
     """A resolved configuration, as ``save_frozen`` writes it.  Raises ``ConfigError`` and ``OSError``."""
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _StrictYaml)
+        data = _StrictYaml(path.read_text(encoding="utf-8")).get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path}: not a YAML file: {_first_line(error)}"]) from error
     except RecursionError:
@@ -81,6 +81,7 @@ class _StrictYaml(yaml.SafeLoader):
     """Refuses a key that stands twice in a mapping, of which the last would win in silence."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of ``node``; yaml.YAMLError with the line of a second key."""
         seen: set[str] = set()
         for key, _ in node.value:
             if str(key.value) in seen:

@@ -64,7 +64,7 @@ class ModelConfig:
             vocab_size="[1, inf)",
             hidden_size="[1, inf)",
             ffn_hidden_size="[1, inf)",
-            num_layers="[1, 100000]",
+            num_layers="[1, 10000]",
             num_attention_heads="[1, inf)",
             num_query_groups="[1, inf)",
             head_dim="[1, inf)",
