@@ -26,7 +26,7 @@ class CharacterTokenizer(Tokenizer):
     def fingerprint(self) -> str:
         return "characters"
 
-    def save(self, folder: object) -> None:
+    def _files(self) -> dict[str, bytes]:
         raise NotImplementedError
 
     def _decode_plain(self, ids: Sequence[int]) -> str:
