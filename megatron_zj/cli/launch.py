@@ -83,11 +83,25 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"{flags}: for --slurm alone; a run here is on one node, with world_size or --nproc ranks")
     for name in SLURM.keys() - set(given):
         setattr(options, name, SLURM[name])
-    if options.dir is None:
-        chosen = [text.partition("=")[2] for text in options.overrides if text.startswith("experiment=")]
-        is_one = len(chosen) > 0 and re.fullmatch(r"[\w./-]+", chosen[0])  # no sweep of experiments
-        options.dir = Path("runs/sweeps") / (chosen[0] if is_one else "sweep")
+    if options.multirun or options.slurm:
+        options.dir = _jobs_folder(options.dir, options.overrides)
     return options
+
+
+def _jobs_folder(folder: Path | None, overrides: Sequence[str]) -> Path:
+    """Where jobs have their folders: ``--dir``, else what ``run.dir`` says, else a name by the experiment."""
+    given = [override for override in parse_overrides(overrides) if override.key_or_group == "run.dir"]
+    if any(override.is_sweep_override() for override in given):
+        raise ConfigError(["run.dir: a job's folder is named by what is swept; give one folder for all"])
+    if folder is not None:
+        if given:
+            sys.stderr.write(f"run.dir is not used: each job has its own folder below --dir={folder}\n")
+        return folder
+    if given:
+        return Path(str(given[-1].value()))
+    chosen = [text.partition("=")[2] for text in overrides if text.startswith("experiment=")]
+    is_one = len(chosen) > 0 and re.fullmatch(r"[\w./-]+", chosen[0])  # no sweep of experiments
+    return Path("runs/sweeps") / (chosen[0] if is_one else "sweep")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,7 +122,9 @@ def _parser() -> argparse.ArgumentParser:
         help="times torchrun restarts dead workers",
     )
     parser.add_argument(
-        "--dir", type=Path, help="folder of the jobs of --multirun or --slurm; default runs/sweeps/<experiment>"
+        "--dir",
+        type=Path,
+        help="folder of the jobs of --multirun or --slurm; default run.dir=..., else runs/sweeps/<experiment>",
     )
     parser.add_argument("--dry-run", action="store_true", help="compose, check, and print the commands")
     parser.add_argument("--no-files", action="store_true", help="do not look for input files (they are elsewhere)")
@@ -141,8 +157,6 @@ def _plan(options: argparse.Namespace) -> list[Job]:
     else:
         points = expand(options.overrides) if options.multirun else [tuple(options.overrides)]
     one_folder = not (options.multirun or options.slurm)
-    if not one_folder and any(override.key_or_group == "run.dir" for override in parse_overrides(options.overrides)):
-        raise ConfigError(["run.dir: every job of --multirun or --slurm has its own folder; give --dir for them all"])
     fixed = set(points[0]).intersection(*points)
     jobs, problems = [], []
     for index, point in enumerate(points):

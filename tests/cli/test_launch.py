@@ -189,12 +189,20 @@ def test_a_sweep_over_experiments_has_the_folder_of_none(capsys: pytest.CaptureF
 
 @pytest.mark.parametrize("words", [["--multirun", "run.seed=1,2"], ["--slurm"]])
 @pytest.mark.parametrize("override", ["run.dir=mine", "++run.dir=mine"])
-def test_run_dir_is_refused_where_jobs_have_folders_of_their_own(
-    words: list[str], override: str, tmp_path: Path
+def test_run_dir_is_the_folder_of_all_jobs_unless_dir_says_another(
+    words: list[str], override: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ConfigError, match=r"run\.dir: .* give --dir"):
-        main([*words, *DEBUG, override, "--dir", str(tmp_path / "jobs")])
-    assert not (tmp_path / "jobs").exists()
+    assert main([*words, *DEBUG, override, "--dry-run"]) == 0
+    assert " mine/000" in capsys.readouterr().out
+    assert main([*words, *DEBUG, override, "--dry-run", "--dir=jobs"]) == 0
+    shown = capsys.readouterr()
+    assert " jobs/000" in shown.out
+    assert "run.dir is not used: each job has its own folder below --dir=jobs" in shown.err
+
+
+def test_run_dir_itself_is_not_swept() -> None:
+    with pytest.raises(ConfigError, match=r"run\.dir: a job's folder is named by what is swept"):
+        main(["--multirun", *DEBUG, "run.dir=a,b", "--dry-run"])
 
 
 @pytest.mark.parametrize(
