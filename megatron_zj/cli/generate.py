@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_zj.cli.inference import LoadedModel, OverlongError, compose_inference, help_text, wants_help
 from megatron_zj.cli.main import guarded
@@ -30,8 +32,6 @@ def main(argv: Sequence[str]) -> int:
     config = compose_inference(argv, GenerationConfig)
     if not config.data.files:
         raise ConfigError(["data.files: no prompts; give data.files=[FILE,...]"])
-    if (written := config.run.dir / ANSWERS).exists():
-        raise ConfigError([f"run.dir: {written} is there already; give another folder, or move that file away"])
     with session(config.run.device, config.run.timeout_seconds) as process:
         setup(process, config.run.dir)
         generate_answers(config, process)
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def generate_answers(config: GenerationConfig, process: Process) -> None:
-    """Collective over the world; rank 0 writes, and the file appears whole or not at all."""
+    """Collective over the world; rank 0 writes, and the file appears whole or not at all.  Earlier answers stay."""
     places: list[str] = []
     found = read_raw(config.data.files, "prompts", config.data.format, config.data.on_bad_record, places)
     records = [record for record in found if isinstance(record, PromptRecord)]
@@ -67,8 +67,18 @@ def generate_answers(config: GenerationConfig, process: Process) -> None:
             {"prompt": record.messages[-1].content, "answer": text, "finished": finished}
             for record, (text, finished) in zip(records, answers, strict=True)
         )
+        _set_aside(target)
         write_whole(target, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
         logger.info("%d answers in %s", len(answers), target)
+
+
+def _set_aside(target: Path) -> None:
+    """Earlier answers get the first number that is free: answers.1.jsonl."""
+    if target.exists():
+        names = (target.with_suffix(f".{number}{target.suffix}") for number in itertools.count(1))
+        free = next(name for name in names if not name.exists())
+        target.rename(free)
+        logger.info("the earlier answers are now in %s", free)
 
 
 if __name__ == "__main__":
